@@ -1,0 +1,138 @@
+"""What every backbone is: a tokenizer, an encoder, declared traits, and a name in one registry (DESIGN §2.5).
+
+Letters: b sample, c band, h w pixels, n places of the grid, k kept tokens, d width.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Context:
+    """What is known of a batch besides its pixels; tensors of (B,) or (C,), each may be absent."""
+
+    wavelength_nm: Tensor | None = None
+    gsd_m: Tensor | None = None
+    lat: Tensor | None = None
+    lon: Tensor | None = None
+    time: Tensor | None = None
+
+
+@dataclass
+class Tokens:
+    """x (B, K, D) embedded tokens; grid (dates, groups, rows, columns); keep (B, K) their places, None when all N are there;
+    box (N, 4) top, left, height, width in pixels of every place."""
+
+    x: Tensor
+    grid: tuple[int, int, int, int]
+    box: Tensor
+    keep: Tensor | None = None
+
+
+@dataclass
+class Features:
+    """pooled (B, D); tokens (B, K, D) after the final norm; prefix (B, P, D) class and register tokens;
+    maps {stride: (B, D, H, W)}, empty for a kept subset; taps {block number: (B, P + K, D)}."""
+
+    pooled: Tensor
+    tokens: Tensor
+    prefix: Tensor
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Backbone(nn.Module):
+    """Base of every backbone. `traits` is a subset of {"sparse", "ordered", "product"}."""
+
+    traits: ClassVar[frozenset[str]] = frozenset()
+    width: int
+    pooled_width: int
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(dates, groups, rows, columns) of tokens for an image size; ValueError when the patch does not divide it."""
+        raise NotImplementedError
+
+    def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Tensor | None = None) -> Tokens:
+        """Embed the image; with `keep` (B, K) int64, only those places are ever projected."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()) -> Features:
+        """Encode tokens; `keep` (B, K) int64, ascending in scan order, picks among tokens that were all embedded."""
+        raise NotImplementedError
+
+    def forward(self, images_bchw: Tensor, ctx: Context | None = None) -> Features:
+        return self.encode(self.tokenize(images_bchw, ctx))
+
+
+class Configured(Protocol):
+    """A backbone class: made from its own configuration dataclass."""
+
+    def __call__(self, config: Any) -> Backbone: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    build: Configured
+    config: type
+    preset: dict[str, Any]
+
+
+_registry: dict[str, Entry] = {}
+
+
+def register(config: type, presets: dict[str, dict[str, Any]]) -> Callable[[Any], Any]:
+    """Class decorator: each name of `presets` builds the class from `config(**preset, **options)`."""
+
+    def add(build: Any) -> Any:
+        for name, preset in presets.items():
+            _registry[name] = Entry(build, config, preset)
+        return build
+
+    return add
+
+
+def names() -> list[str]:
+    return sorted(_registry)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' (did you mean …?)' for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def create(name: str, **options: Any) -> Backbone:
+    """A registered backbone. Raises ValueError for unknown names and options, with the nearest one that exists."""
+    if name not in _registry:
+        raise ValueError(f"no backbone is called {name!r}{nearest(name, names())}")
+    entry = _registry[name]
+    known = [f.name for f in fields(entry.config)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}")
+    return entry.build(entry.config(**{**entry.preset, **options}))
+
+
+def sincos(width: int, places: Tensor) -> Tensor:
+    """(N, width) float64: sines then cosines of places (N,) at frequencies 10000^(-k / (width / 2)) (MAE's table)."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=places.device) / half)
+    angle = places.double()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sincos_grid(width: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """(R·C, width) float64 in raster order: the first half of the channels holds the column, the second the row."""
+    by_column = sincos(width // 2, columns)[None].expand(len(rows), -1, -1)
+    by_row = sincos(width // 2, rows)[:, None].expand(-1, len(columns), -1)
+    return torch.cat([by_column, by_row], dim=2).flatten(0, 1)
+
+
+def gather(x_bnd: Tensor, index_bk: Tensor) -> Tensor:
+    """(B, K, D): the rows `index_bk` of each sample."""
+    return x_bnd.gather(1, index_bk[..., None].expand(-1, -1, x_bnd.shape[2]))

@@ -1,0 +1,213 @@
+"""Vision Transformer (Dosovitskiy et al. 2021) in the form that masked autoencoders pretrain (He et al. 2022).
+
+Parameters carry the names of the published MAE encoder. Letters: b sample, c band, h w pixels, p patch, n places of the
+grid, k kept tokens, t all tokens with the class token, d width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swath.backbones.base import Backbone, Context, Features, Tokens, gather, register, sincos_grid
+
+EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. With `queries`, only the last `queries` tokens ask; all are asked."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        batch, length, width = x_btd.shape
+        q, k, v = self.qkv(x_btd).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y_bhte = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y_bhte.transpose(1, 2).reshape(batch, length, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_btd)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `recompute` trades its activations for a second forward pass."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.recompute = False
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_btd, use_reentrant=False)
+        return self._forward(x_btd)
+
+    def _forward(self, x_btd: Tensor) -> Tensor:
+        x_btd = x_btd + self.attn(self.norm1(x_btd))
+        return x_btd + self.mlp(self.norm2(x_btd))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel, applied as a matrix product to the patches that are asked for."""
+
+    def __init__(self, bands: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(bands, width, patch, patch)
+
+    def forward(self, images_bchw: Tensor, keep: Tensor | None = None) -> Tensor:
+        return F.linear(patches(images_bchw, self.patch, keep).flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def patches(images_bchw: Tensor, patch: int, keep: Tensor | None = None) -> Tensor:
+    """(B, K, C, p, p): the patches at places `keep` (B, K) of the raster, all N when None. Others are never copied."""
+    batch, bands, height, width = images_bchw.shape
+    grid_bhwcpp = images_bchw.view(batch, bands, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    if keep is None:
+        return grid_bhwcpp.flatten(1, 2)
+    sample = torch.arange(batch, device=keep.device)[:, None]
+    columns = width // patch
+    return grid_bhwcpp[sample, keep // columns, keep % columns]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """`image_size` fixes the spacing of positions; any other size that `patch` divides interpolates them."""
+
+    bands: int
+    image_size: int = 224
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    positions: Literal["sincos", "learned"] = "sincos"
+    pool: Literal["mean", "class"] = "mean"
+
+
+_SIZES = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+    "huge": {"width": 1280, "depth": 32, "heads": 16},
+}
+
+
+@register(ViTConfig, {f"vit_{s}_patch{p}": {**o, "patch": p} for s, o in _SIZES.items() for p in (4, 8, 14, 16)})
+class ViT(Backbone):
+    """Patches of all bands together (one group), a class token, pre-norm blocks, a final norm."""
+
+    traits = frozenset({"sparse"})
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        self.width = self.pooled_width = config.width
+        self.patch_embed = PatchEmbed(config.bands, config.patch, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        side = config.image_size // config.patch
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, side * side, config.width))
+        self.blocks = nn.ModuleList(
+            [Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
+        )
+        self.norm = nn.LayerNorm(config.width, eps=EPS)
+        init_weights(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if config.positions == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
+        patch = self.config.patch
+        if height % patch or width % patch or not height or not width:
+            fits = f"{max(1, round(height / patch)) * patch}×{max(1, round(width / patch)) * patch}"
+            raise ValueError(f"image of {height}×{width} pixels is not divisible by patch {patch}; {fits} would be")
+        return 1, 1, height // patch, width // patch
+
+    def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Tensor | None = None) -> Tokens:
+        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
+            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
+        position_nd = self.positions(grid[2], grid[3], images_bchw.device)
+        x_bkd = self.patch_embed(images_bchw, keep)
+        x_bkd = x_bkd + (position_nd if keep is None else position_nd[keep])
+        return Tokens(x_bkd, grid, _boxes(grid, self.config.patch, images_bchw.device), keep)
+
+    def positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """(rows · columns, D) positions, interpolated to the grid of `image_size` where the grid is another one."""
+        side = self.config.image_size // self.config.patch
+        if self.config.positions == "sincos":
+            row, column = (
+                (torch.arange(n, dtype=torch.float64, device=device) + 0.5) * side / n - 0.5 for n in (rows, columns)
+            )
+            return sincos_grid(self.width, row, column).float()
+        if (rows, columns) == (side, side):
+            return self.pos_embed[0]
+        table_1dhw = self.pos_embed.view(1, side, side, self.width).permute(0, 3, 1, 2)
+        resized = F.interpolate(table_1dhw.float(), (rows, columns), mode="bicubic", align_corners=False)
+        return resized.flatten(2)[0].T
+
+    def encode(self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()) -> Features:
+        x_bkd = tokens.x if keep is None else gather(tokens.x, keep)
+        x_btd = torch.cat([self.cls_token.to(x_bkd.dtype).expand(len(x_bkd), -1, -1), x_bkd], dim=1)
+        tapped: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            x_btd = block(x_btd)
+            if number in taps:
+                tapped[number] = x_btd
+        x_btd = self.norm(x_btd)
+        prefix, x_bkd = x_btd[:, :1], x_btd[:, 1:]
+        maps: dict[int, Tensor] = {}
+        if keep is None and tokens.keep is None:
+            maps[self.config.patch] = x_bkd.transpose(1, 2).unflatten(2, tokens.grid[2:])
+        pooled = x_bkd.mean(dim=1) if self.config.pool == "mean" else prefix[:, 0]
+        return Features(pooled, x_bkd, prefix, maps, tapped)
+
+
+def _boxes(grid: tuple[int, int, int, int], patch: int, device: torch.device) -> Tensor:
+    rows, columns = (torch.arange(n, device=device) * patch for n in grid[2:])
+    corner = torch.cartesian_prod(rows, columns)
+    return torch.cat([corner, torch.full_like(corner, patch)], dim=1)
+
+
+def _check(config: ViTConfig) -> None:
+    if config.bands < 1 or config.depth < 0 or config.heads < 1:
+        raise ValueError(f"bands and heads must be at least 1, depth at least 0: {config}")
+    if config.width % (4 if config.positions == "sincos" else 1) or config.width % config.heads:
+        raise ValueError(f"width {config.width} must be divisible by heads {config.heads}, and by 4 for sincos positions")
+    if config.image_size % config.patch:
+        fits = max(1, round(config.image_size / config.patch)) * config.patch
+        raise ValueError(f"image_size {config.image_size} is not divisible by patch {config.patch}; {fits} would be")
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform matrices, zero biases; a patch projection's bias keeps the default."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbed):
+            nn.init.xavier_uniform_(part.proj.weight.flatten(1))

@@ -1,0 +1,100 @@
+"""The input contract (DESIGN §2.1): which bands, in which order and unit, normalised how.
+
+`swath shard` writes it into the manifest, every checkpoint and export carries it unchanged, and it is compared wherever
+data meets weights.
+"""
+
+from itertools import zip_longest
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from swath.shards.errors import InputError
+
+Unit = Literal["reflectance", "digital number", "dB", "linear power", "radiance"]
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are errors: what is not understood must not be dropped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Band(Strict):
+    """One band. `wavelength_nm` and `width_nm` are centre and full width at half maximum; SAR has neither."""
+
+    name: str
+    common_name: str | None = None
+    wavelength_nm: float | None = Field(default=None, gt=0)
+    width_nm: float | None = Field(default=None, gt=0)
+    gsd_m: float | None = Field(default=None, gt=0)
+
+
+class Normalisation(Strict):
+    """(x - mean) / std per band, in the contract's unit; `pixels` says from how many valid ones each was computed."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pixels: tuple[int, ...]
+    minimum: tuple[float, ...] = ()
+    maximum: tuple[float, ...] = ()
+
+
+class InputContract(Strict):
+    """Ordered bands of one modality and what their numbers mean after `value * scale + offset` of the sample."""
+
+    modality: str
+    sensor: str
+    level: str
+    unit: Unit
+    bands: tuple[Band, ...] = Field(min_length=1)
+    normalisation: Normalisation
+    dtype: str
+    nodata: float | None = None
+    height: int | None = None
+    width: int | None = None
+    gsd_m: float | None = None
+    resampling: str | None = None
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        names = self.names
+        if len(set(names)) != len(names):
+            raise ValueError(f"band names repeat: {', '.join(names)}")
+        for field in ("mean", "std", "pixels"):
+            if len(getattr(self.normalisation, field)) != len(self.bands):
+                raise ValueError(f"normalisation.{field} must have one value per band ({len(self.bands)})")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(band.name for band in self.bands)
+
+    def require(self, other: "InputContract", *, ours: str, theirs: str, remedy: str) -> None:
+        """Raise InputError, both sides band by band, unless `other` means the same bands in the same order and unit.
+
+        Statistics may differ: the normalisation that counts is the one the weights were trained with.
+        """
+        heads = [
+            (field, getattr(self, field), getattr(other, field))
+            for field in ("modality", "sensor", "level", "unit")
+            if getattr(self, field) != getattr(other, field)
+        ]
+        if not heads and [_identity(b) for b in self.bands] == [_identity(b) for b in other.bands]:
+            return
+        rows = [f"  {field}: {mine} | {yours}" for field, mine, yours in heads]
+        for position, (mine, yours) in enumerate(zip_longest(self.bands, other.bands), start=1):
+            same = mine is not None and yours is not None and _identity(mine) == _identity(yours)
+            rows.append(f"  {'   ' if same else '!= '}band {position}: {_show(mine)} | {_show(yours)}")
+        raise InputError(f"input contracts differ: {ours} | {theirs}\n" + "\n".join(rows) + f"\n  what would do: {remedy}")
+
+
+def _identity(band: Band) -> tuple[str, float | None]:
+    return band.name, band.wavelength_nm
+
+
+def _show(band: Band | None) -> str:
+    if band is None:
+        return "(none)"
+    wavelength = f" {band.wavelength_nm:g} nm" if band.wavelength_nm else ""
+    return f"{band.name}{wavelength}"

@@ -1,0 +1,73 @@
+"""index.bin: where every member of every sample lies, so that each is one positioned read away (DESIGN §2.2).
+
+Layout, little-endian: a 64-byte header, then (samples,) rows of SAMPLE, then (samples, members) rows of MEMBER. Keys are
+in a blob of their own, keys.bin. Both files are memory-mapped; opening costs the same at a thousand and at a hundred
+million samples.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from swath.shards.errors import InputError
+from swath.shards.files import write_bytes
+
+NAME, KEYS = "index.bin", "keys.bin"
+_MAGIC = b"SWATHIX1"
+_HEADER = struct.Struct("<8sQI44x")
+
+SAMPLE = np.dtype([("id", "<i8"), ("key_start", "<u8"), ("key_length", "<u4"), ("label", "<i4"), ("block", "<i8")])
+MEMBER = np.dtype(
+    [("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc32", "<u4"), ("format", "<u4"), ("scale", "<f8"), ("add", "<f8")]
+)
+FORMATS = ("absent", "jpg", "png", "npy", "json")
+
+
+@dataclass
+class Index:
+    """`samples` (N,) of SAMPLE, `members` (N, M) of MEMBER with columns named by `columns`, `keys` the blob."""
+
+    samples: np.ndarray
+    members: np.ndarray
+    keys: np.ndarray
+    columns: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, number: int) -> str:
+        row = self.samples[number]
+        start = int(row["key_start"])
+        return bytes(self.keys[start : start + int(row["key_length"])]).decode()
+
+    def write(self, folder: Path) -> None:
+        header = _HEADER.pack(_MAGIC, len(self.samples), self.members.shape[1])
+        write_bytes(folder / KEYS, self.keys.tobytes())
+        write_bytes(folder / NAME, header + self.samples.tobytes() + self.members.tobytes())
+
+
+def columns_of(modalities: list[str]) -> tuple[str, ...]:
+    """The members that a sample can have: each modality, the validity mask, and the JSON."""
+    return (*modalities, "valid", "json")
+
+
+def open_index(folder: Path, columns: tuple[str, ...]) -> Index:
+    """Memory-map the index of `folder`; InputError if it is missing, cut short or of another shape."""
+    remedy = f"`swath index {folder}` rebuilds it from the shards"
+    try:
+        raw = np.memmap(folder / NAME, dtype=np.uint8, mode="r")
+        keys = np.memmap(folder / KEYS, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the index of {folder} cannot be opened ({error}); {remedy}") from None
+    if len(raw) < _HEADER.size:
+        raise InputError(f"{folder / NAME} is cut short; {remedy}")
+    magic, count, width = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+    middle = _HEADER.size + count * SAMPLE.itemsize
+    end = middle + count * width * MEMBER.itemsize
+    if magic != _MAGIC or width != len(columns) or len(raw) != end:
+        raise InputError(f"{folder / NAME} is damaged or does not belong to its manifest; {remedy}")
+    samples = raw[_HEADER.size : middle].view(SAMPLE)
+    members = raw[middle:end].view(MEMBER).reshape(count, width)
+    return Index(samples, members, keys, columns)

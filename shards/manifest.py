@@ -1,0 +1,69 @@
+"""manifest.json: what a folder of shards holds (DESIGN §2.2). It is written last, so a folder with one is complete."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from swath.shards.bands import InputContract, Strict
+from swath.shards.errors import InputError
+from swath.shards.files import write_json
+
+NAME = "manifest.json"
+
+
+class Shard(Strict):
+    """One tar: file name, number of samples, bytes, SHA-256 in hex."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    samples: int = Field(ge=1)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(Strict):
+    """`skipped` lists what could not be decoded; `plan` is the fingerprint of the command that made the shards."""
+
+    schema_version: Literal[1] = 1
+    dataset: str
+    samples: int = Field(ge=1)
+    contracts: dict[str, InputContract]
+    classes: tuple[str, ...] = ()
+    shards: tuple[Shard, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    plan: str = ""
+    made_by: str = ""
+    source: dict[str, Any] = {}
+
+    def contract(self, modality: str | None = None) -> InputContract:
+        """The contract of `modality`, or of the only one."""
+        if modality is None and len(self.contracts) == 1:
+            return next(iter(self.contracts.values()))
+        if modality not in self.contracts:
+            raise InputError(f"data set {self.dataset} has modalities {', '.join(self.contracts)}; name one of them")
+        return self.contracts[modality]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / NAME, self.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`; InputError where there is none or it is not understood."""
+    path = folder / NAME
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        hint = ""
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{NAME}")) if folder.is_dir() else []
+        if inside:
+            hint = f"; it has {', '.join(inside)} inside: name one of them"
+        raise InputError(f"{folder} is not a folder of shards (no {NAME}){hint or '; `swath shard` makes one'}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return Manifest.model_validate(json.loads(text))
+    except (ValueError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = f"{'.'.join(str(p) for p in first['loc'])}: {first['msg']}" if first else str(error)
+        raise InputError(f"{path} is damaged or of another version ({what}); `swath index {folder}` rebuilds it") from None

@@ -1,0 +1,126 @@
+"""From stored chips to what a backbone sees: decode, normalise, crop, flip and resize, batched and on the chips' device.
+
+Resizing is two matrix products with weights made per sample, so crops of different boxes and sizes are one call, filters
+are anti-aliased when shrinking, and a flip is a reversed matrix. Letters: b sample, c band, h w in, y x out.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swath.shards.bands import InputContract
+from swath.shards.errors import InputError
+from swath.shards.reader import VALID_CLEAR, Chips
+
+
+@dataclass
+class Batch:
+    """images {modality: (B, C, H, W)} normalised, 0 where invalid; valid {modality: (B, 1, H, W)} bool;
+    id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count."""
+
+    images: dict[str, Tensor]
+    valid: dict[str, Tensor]
+    id: Tensor
+    visit: Tensor
+    weight: Tensor
+    meta: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class View:
+    """What part of each chip to take: `box` (B, 4) float64 top, left, height, width in pixels; flips (B,) bool;
+    `turns` (B,) int64 quarter turns, for square results."""
+
+    box: Tensor
+    flip_rows: Tensor
+    flip_columns: Tensor
+    turns: Tensor
+
+    @classmethod
+    def whole(cls, size_b2: Tensor) -> "View":
+        no = torch.zeros(len(size_b2), dtype=torch.bool, device=size_b2.device)
+        return cls(torch.cat([torch.zeros_like(size_b2), size_b2], dim=1).double(), no, no, no.long())
+
+
+def prepare(chips: Chips, contract: InputContract, size: tuple[int, int], view: View | None = None) -> Batch:
+    """A batch of `size` (height, width) from `chips`, normalised by `contract`.
+
+    Values are physical (DN · scale + add) before (x - mean) / std. Pixels that are not clear, are nodata, or are not finite
+    become 0 and are marked invalid. Raises InputError when the chips have another number of bands.
+    """
+    if chips.pixels.shape[1] != len(contract.bands):
+        raise InputError(f"chips have {chips.pixels.shape[1]} bands, the contract {len(contract.bands)}")
+    device = chips.pixels.device
+    stored_bchw = chips.pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    valid_b1hw = torch.isfinite(stored_bchw).all(dim=1, keepdim=True)
+    if chips.valid is not None:
+        valid_b1hw &= chips.valid == VALID_CLEAR
+    if contract.nodata is not None:
+        valid_b1hw &= (stored_bchw != contract.nodata).all(dim=1, keepdim=True)
+    mean, std = (torch.tensor(v, device=device) for v in (contract.normalisation.mean, contract.normalisation.std))
+    std = torch.where(std > 0, std, torch.ones_like(std))  # a constant band becomes 0, not infinity
+    # one multiplication and one addition per pixel: (dn·scale + add - mean) / std
+    factor_bc = (chips.scale.float()[:, None] / std)[..., None, None]
+    shift_bc = ((chips.add.float()[:, None] - mean) / std)[..., None, None]
+    x_bchw = torch.where(valid_b1hw, stored_bchw * factor_bc + shift_bc, 0.0)
+    uncut = view is None and bool((chips.size == torch.tensor(size, device=device)).all())
+    if not (uncut and tuple(x_bchw.shape[2:]) == size):
+        x_bchw, valid_b1hw = _resample(x_bchw, valid_b1hw, chips.size, view or View.whole(chips.size), size)
+    return Batch(
+        images={contract.modality: x_bchw},
+        valid={contract.modality: valid_b1hw},
+        id=chips.id,
+        visit=chips.visit,
+        weight=torch.ones(len(chips.id), device=device),
+    )
+
+
+def _resample(x_bchw: Tensor, valid_b1hw: Tensor, size_b2: Tensor, view: View, out: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bilinear with anti-aliasing on valid pixels only; validity by nearest neighbour."""
+    top, left, height, width = view.box.unbind(1)
+    rows_byh = _weights(top, height, size_b2[:, 0], x_bchw.shape[2], out[0], view.flip_rows)
+    columns_bxw = _weights(left, width, size_b2[:, 1], x_bchw.shape[3], out[1], view.flip_columns)
+
+    def apply(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return rows[:, None] @ values @ columns[:, None].transpose(2, 3)
+
+    near_rows = torch.nn.functional.one_hot(rows_byh.argmax(2), rows_byh.shape[2]).float()
+    near_columns = torch.nn.functional.one_hot(columns_bxw.argmax(2), columns_bxw.shape[2]).float()
+    made_bcyx = apply(x_bchw, rows_byh, columns_bxw)
+    if bool(valid_b1hw.all()):
+        made_valid = torch.ones_like(made_bcyx[:, :1], dtype=torch.bool)
+    else:
+        share = apply(valid_b1hw.float(), rows_byh, columns_bxw)
+        made_valid = (apply(valid_b1hw.float(), near_rows, near_columns) > 0.5) & (share > 0)
+        made_bcyx = torch.where(made_valid, made_bcyx / share.clamp_min(1e-6), 0.0)
+    if bool(view.turns.any()):
+        made_bcyx, made_valid = _turn(made_bcyx, view.turns), _turn(made_valid, view.turns)
+    return made_bcyx, made_valid
+
+
+def _turn(x_bchw: Tensor, turns_b: Tensor) -> Tensor:
+    """Each sample by its own number of quarter turns; height and width must be equal."""
+    if x_bchw.shape[2] != x_bchw.shape[3]:
+        raise InputError(f"quarter turns need square crops, not {x_bchw.shape[2]}×{x_bchw.shape[3]}")
+    pick = turns_b[:, None, None, None]
+    turned = x_bchw
+    for quarter in (1, 2, 3):
+        turned = torch.where(pick == quarter, torch.rot90(x_bchw, quarter, (2, 3)), turned)
+    return turned
+
+
+def _weights(start_b: Tensor, length_b: Tensor, limit_b: Tensor, size: int, out: int, flip_b: Tensor) -> Tensor:
+    """(B, out, size) float32 rows that sum to 1: a triangle filter, as wide as an output pixel when shrinking."""
+    step = length_b / out
+    reach = step.clamp_min(1.0)[:, None, None]
+    place = torch.arange(out, device=start_b.device, dtype=torch.float64)
+    centre = start_b[:, None] + (place + 0.5) * step[:, None] - 0.5
+    source = torch.arange(size, device=start_b.device, dtype=torch.float64)
+    # beyond the chip's own edge lies its padding, which must not be seen
+    limit = (limit_b[:, None] - 1).double()
+    centre = torch.minimum(centre.clamp_min(0), limit)
+    weights = (1 - (source - centre[..., None]).abs() / reach).clamp_min(0)
+    weights = weights * (source <= limit)[:, None]
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    return torch.where(flip_b[:, None, None], weights.flip(1), weights).float()
