@@ -6,7 +6,7 @@ Letters: b sample, c band, h w pixels, n places of the grid, k kept tokens, d wi
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,35 +69,48 @@ class Backbone(nn.Module):
         return self.encode(self.tokenize(images_bchw, ctx))
 
 
-class Configured(Protocol):
-    """A backbone class: made from its own configuration dataclass."""
-
-    def __call__(self, config: Any) -> Backbone: ...
-
-
 @dataclass(frozen=True)
 class Entry:
-    build: Configured
+    """What a registered name stands for: the class, its configuration dataclass, and the options that the name fixes."""
+
+    build: Any
     config: type
     preset: dict[str, Any]
 
 
-_registry: dict[str, Entry] = {}
+class Registry:
+    """Names to classes that register themselves; `kind` is what messages call them."""
 
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
 
-def register(config: type, presets: dict[str, dict[str, Any]]) -> Callable[[Any], Any]:
-    """Class decorator: each name of `presets` builds the class from `config(**preset, **options)`."""
+    def register(self, config: type, presets: dict[str, dict[str, Any]]) -> Callable[[type], type]:
+        """Class decorator: each name of `presets` builds the class from `config(**preset, **options)`."""
 
-    def add(build: Any) -> Any:
-        for name, preset in presets.items():
-            _registry[name] = Entry(build, config, preset)
-        return build
+        def add(build: type) -> type:
+            self._entries.update({name: Entry(build, config, preset) for name, preset in presets.items()})
+            return build
 
-    return add
+        return add
 
+    def names(self) -> list[str]:
+        return sorted(self._entries)
 
-def names() -> list[str]:
-    return sorted(_registry)
+    def entry(self, name: str) -> Entry:
+        """The entry called `name`; ValueError with the nearest name if there is none."""
+        if name not in self._entries:
+            raise ValueError(f"no {self.kind} is called {name!r}{nearest(name, self.names())}")
+        return self._entries[name]
+
+    def configure(self, name: str, **options: Any) -> Any:
+        """The configuration of `name` with `options`; ValueError for unknown ones, with the nearest that exists."""
+        entry = self.entry(name)
+        known = [f.name for f in fields(entry.config)]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}")
+        return entry.config(**{**entry.preset, **options})
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -106,16 +119,13 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+registry = Registry("backbone")
+register = registry.register
+
+
 def create(name: str, **options: Any) -> Backbone:
-    """A registered backbone. Raises ValueError for unknown names and options, with the nearest one that exists."""
-    if name not in _registry:
-        raise ValueError(f"no backbone is called {name!r}{nearest(name, names())}")
-    entry = _registry[name]
-    known = [f.name for f in fields(entry.config)]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}")
-    return entry.build(entry.config(**{**entry.preset, **options}))
+    """A registered backbone. Raises ValueError for unknown names and options, and for sizes that do not fit."""
+    return registry.entry(name).build(registry.configure(name, **options))
 
 
 def sincos(width: int, places: Tensor) -> Tensor:

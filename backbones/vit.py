@@ -19,7 +19,7 @@ EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. With `queries`, only the last `queries` tokens ask; all are asked."""
+    """Multi-head self-attention. With `queries`, only the last `queries` tokens ask, and all are asked."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -27,11 +27,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_btd: Tensor) -> Tensor:
+    def forward(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
         batch, length, width = x_btd.shape
-        q, k, v = self.qkv(x_btd).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y_bhte = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y_bhte.transpose(1, 2).reshape(batch, length, width))
+        shape = (self.heads, width // self.heads)
+        if queries is None:
+            q, k, v = self.qkv(x_btd).view(batch, length, 3, *shape).permute(2, 0, 3, 1, 4)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x_btd[:, -queries:], weight[:width], bias[:width])
+            q = q.view(batch, queries, *shape).transpose(1, 2)
+            k, v = F.linear(x_btd, weight[width:], bias[width:]).view(batch, length, 2, *shape).permute(2, 0, 3, 1, 4)
+        y_bhqe = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y_bhqe.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -57,14 +64,16 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.recompute = False
 
-    def forward(self, x_btd: Tensor) -> Tensor:
+    def forward(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
+        """(B, T, D), or (B, queries, D): the last `queries` tokens only, where a caller needs no others."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_btd, use_reentrant=False)
-        return self._forward(x_btd)
+            return checkpoint(self._forward, x_btd, queries, use_reentrant=False)
+        return self._forward(x_btd, queries)
 
-    def _forward(self, x_btd: Tensor) -> Tensor:
-        x_btd = x_btd + self.attn(self.norm1(x_btd))
-        return x_btd + self.mlp(self.norm2(x_btd))
+    def _forward(self, x_btd: Tensor, queries: int | None) -> Tensor:
+        residual = x_btd if queries is None else x_btd[:, -queries:]
+        x_bqd = residual + self.attn(self.norm1(x_btd), queries)
+        return x_bqd + self.mlp(self.norm2(x_bqd))
 
 
 class PatchEmbed(nn.Module):
@@ -211,3 +220,24 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, PatchEmbed):
             nn.init.xavier_uniform_(part.proj.weight.flatten(1))
+
+
+def from_published(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """Our parameters from a published MAE encoder's. Its fixed position table, with a class row, must be the one we compute.
+
+    Raises ValueError when the table is another one (a swapped row and column half, another grid).
+    """
+    ours = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
+    if config.positions == "learned":
+        ours["pos_embed"] = state["pos_embed"][:, 1:]
+    elif "pos_embed" in state:
+        place = torch.arange(config.image_size // config.patch)
+        check_table(state["pos_embed"], sincos_grid(config.width, place, place), "pos_embed")
+    return ours
+
+
+def check_table(theirs_1nd: Tensor, ours_nd: Tensor, name: str) -> None:
+    """ValueError unless a published position table is a zero class row and then ours, to the noise of float32 tables (1e-5)."""
+    table = torch.cat([torch.zeros(1, ours_nd.shape[1]), ours_nd.float()])
+    if theirs_1nd.shape[1:] != table.shape or (theirs_1nd[0] - table).abs().max() > 1e-5:
+        raise ValueError(f"{name} of shape {tuple(theirs_1nd.shape)} is not the fixed sin-cos table of {tuple(table.shape)}")

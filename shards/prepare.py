@@ -7,6 +7,7 @@ are anti-aliased when shrinking, and a flip is a reversed matrix. Letters: b sam
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swath.shards.bands import InputContract
@@ -16,8 +17,8 @@ from swath.shards.reader import VALID_CLEAR, Chips
 
 @dataclass
 class Batch:
-    """images {modality: (B, C, H, W)} normalised, 0 where invalid; valid {modality: (B, 1, H, W)} bool;
-    id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count."""
+    """images {modality: (B, C, H, W)} normalised, 0 where invalid; valid {modality: (B, 1, H, W)} bool, without an entry
+    where every pixel is; id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count."""
 
     images: dict[str, Tensor]
     valid: dict[str, Tensor]
@@ -30,17 +31,17 @@ class Batch:
 @dataclass
 class View:
     """What part of each chip to take: `box` (B, 4) float64 top, left, height, width in pixels; flips (B,) bool;
-    `turns` (B,) int64 quarter turns, for square results."""
+    `turns` (B,) int64 quarter turns, for square results, or None."""
 
     box: Tensor
     flip_rows: Tensor
     flip_columns: Tensor
-    turns: Tensor
+    turns: Tensor | None = None
 
     @classmethod
     def whole(cls, size_b2: Tensor) -> "View":
         no = torch.zeros(len(size_b2), dtype=torch.bool, device=size_b2.device)
-        return cls(torch.cat([torch.zeros_like(size_b2), size_b2], dim=1).double(), no, no, no.long())
+        return cls(torch.cat([torch.zeros_like(size_b2), size_b2], dim=1).double(), no, no)
 
 
 def prepare(chips: Chips, contract: InputContract, size: tuple[int, int], view: View | None = None) -> Batch:
@@ -53,30 +54,42 @@ def prepare(chips: Chips, contract: InputContract, size: tuple[int, int], view: 
         raise InputError(f"chips have {chips.pixels.shape[1]} bands, the contract {len(contract.bands)}")
     device = chips.pixels.device
     stored_bchw = chips.pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    valid_b1hw = torch.isfinite(stored_bchw).all(dim=1, keepdim=True)
-    if chips.valid is not None:
-        valid_b1hw &= chips.valid == VALID_CLEAR
-    if contract.nodata is not None:
-        valid_b1hw &= (stored_bchw != contract.nodata).all(dim=1, keepdim=True)
+    valid_b1hw = _valid(chips, stored_bchw, contract)
     mean, std = (torch.tensor(v, device=device) for v in (contract.normalisation.mean, contract.normalisation.std))
     std = torch.where(std > 0, std, torch.ones_like(std))  # a constant band becomes 0, not infinity
     # one multiplication and one addition per pixel: (dn·scale + add - mean) / std
     factor_bc = (chips.scale.float()[:, None] / std)[..., None, None]
     shift_bc = ((chips.add.float()[:, None] - mean) / std)[..., None, None]
-    x_bchw = torch.where(valid_b1hw, stored_bchw * factor_bc + shift_bc, 0.0)
-    uncut = view is None and bool((chips.size == torch.tensor(size, device=device)).all())
-    if not (uncut and tuple(x_bchw.shape[2:]) == size):
-        x_bchw, valid_b1hw = _resample(x_bchw, valid_b1hw, chips.size, view or View.whole(chips.size), size)
+    x_bchw = stored_bchw * factor_bc + shift_bc
+    if valid_b1hw is not None:
+        x_bchw = torch.where(valid_b1hw, x_bchw, 0.0)
+    if view is not None or tuple(x_bchw.shape[2:]) != size or chips.valid is not None:
+        view = view or View.whole(chips.size)
+        x_bchw, valid_b1hw = _resample(x_bchw, valid_b1hw, chips.size, view, size)
     return Batch(
         images={contract.modality: x_bchw},
-        valid={contract.modality: valid_b1hw},
+        valid={} if valid_b1hw is None else {contract.modality: valid_b1hw},
         id=chips.id,
         visit=chips.visit,
         weight=torch.ones(len(chips.id), device=device),
     )
 
 
-def _resample(x_bchw: Tensor, valid_b1hw: Tensor, size_b2: Tensor, view: View, out: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _valid(chips: Chips, stored_bchw: Tensor, contract: InputContract) -> Tensor | None:
+    """(B, 1, H, W) bool, or None where nothing can be invalid."""
+    masks = []
+    if chips.valid is not None:
+        masks.append(chips.valid == VALID_CLEAR)
+    if contract.nodata is not None:
+        masks.append((stored_bchw != contract.nodata).all(dim=1, keepdim=True))
+    if chips.pixels.is_floating_point():
+        masks.append(torch.isfinite(stored_bchw).all(dim=1, keepdim=True))
+    return torch.stack(masks).all(dim=0) if masks else None
+
+
+def _resample(
+    x_bchw: Tensor, valid_b1hw: Tensor | None, size_b2: Tensor, view: View, out: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """Bilinear with anti-aliasing on valid pixels only; validity by nearest neighbour."""
     top, left, height, width = view.box.unbind(1)
     rows_byh = _weights(top, height, size_b2[:, 0], x_bchw.shape[2], out[0], view.flip_rows)
@@ -85,22 +98,22 @@ def _resample(x_bchw: Tensor, valid_b1hw: Tensor, size_b2: Tensor, view: View, o
     def apply(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return rows[:, None] @ values @ columns[:, None].transpose(2, 3)
 
-    near_rows = torch.nn.functional.one_hot(rows_byh.argmax(2), rows_byh.shape[2]).float()
-    near_columns = torch.nn.functional.one_hot(columns_bxw.argmax(2), columns_bxw.shape[2]).float()
     made_bcyx = apply(x_bchw, rows_byh, columns_bxw)
-    if bool(valid_b1hw.all()):
-        made_valid = torch.ones_like(made_bcyx[:, :1], dtype=torch.bool)
-    else:
+    made_valid = None
+    if valid_b1hw is not None:
+        near_rows = F.one_hot(rows_byh.argmax(2), rows_byh.shape[2]).float()
+        near_columns = F.one_hot(columns_bxw.argmax(2), columns_bxw.shape[2]).float()
         share = apply(valid_b1hw.float(), rows_byh, columns_bxw)
         made_valid = (apply(valid_b1hw.float(), near_rows, near_columns) > 0.5) & (share > 0)
         made_bcyx = torch.where(made_valid, made_bcyx / share.clamp_min(1e-6), 0.0)
-    if bool(view.turns.any()):
-        made_bcyx, made_valid = _turn(made_bcyx, view.turns), _turn(made_valid, view.turns)
-    return made_bcyx, made_valid
+    made_bcyx = _turn(made_bcyx, view.turns)
+    return made_bcyx, None if made_valid is None else _turn(made_valid, view.turns)
 
 
-def _turn(x_bchw: Tensor, turns_b: Tensor) -> Tensor:
+def _turn(x_bchw: Tensor, turns_b: Tensor | None) -> Tensor:
     """Each sample by its own number of quarter turns; height and width must be equal."""
+    if turns_b is None:
+        return x_bchw
     if x_bchw.shape[2] != x_bchw.shape[3]:
         raise InputError(f"quarter turns need square crops, not {x_bchw.shape[2]}×{x_bchw.shape[3]}")
     pick = turns_b[:, None, None, None]
