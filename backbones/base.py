@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Tokens:
 @dataclass
 class Features:
     """pooled (B, D); tokens (B, K, D) after the final norm; prefix (B, P, D) class and register tokens;
-    maps {stride: (B, D, H, W)}, empty for a kept subset; taps {block number: (B, P + K, D)}."""
+    maps {stride: (B, D, H, W)}, empty for a kept subset; taps {block number: (B, P + K, D)}, -1 what enters the first."""
 
     pooled: Tensor
     tokens: Tensor
@@ -46,12 +47,26 @@ class Features:
     taps: dict[int, Tensor] = field(default_factory=dict)
 
 
+class Recomputed(nn.Module):
+    """A block that, with `recompute` set, trades its activations for a second forward pass; a subclass has `compute`."""
+
+    recompute = False
+    compute: Callable[..., Tensor]
+
+    def forward(self, *args: Any) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, *args, use_reentrant=False)
+        return self.compute(*args)
+
+
 class Backbone(nn.Module):
     """Base of every backbone. `traits` is a subset of {"sparse", "ordered", "product"}."""
 
     traits: ClassVar[frozenset[str]] = frozenset()
+    config: Any
     width: int
     pooled_width: int
+    depth: int
 
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(dates, groups, rows, columns) of tokens for an image size; ValueError when the patch does not divide it."""

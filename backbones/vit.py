@@ -11,9 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from swath.backbones.base import Backbone, Context, Features, Tokens, gather, register, sincos_grid
+from swath.backbones.base import Backbone, Context, Features, Recomputed, Tokens, gather, register, sincos_grid
 
 EPS = 1e-6
 
@@ -53,8 +52,8 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_btd)))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block; `recompute` trades its activations for a second forward pass."""
+class Block(Recomputed):
+    """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -62,15 +61,9 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.recompute = False
 
-    def forward(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
+    def compute(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
         """(B, T, D), or (B, queries, D): the last `queries` tokens only, where a caller needs no others."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_btd, queries, use_reentrant=False)
-        return self._forward(x_btd, queries)
-
-    def _forward(self, x_btd: Tensor, queries: int | None) -> Tensor:
         residual = x_btd if queries is None else x_btd[:, -queries:]
         x_bqd = residual + self.attn(self.norm1(x_btd), queries)
         return x_bqd + self.mlp(self.norm2(x_bqd))
@@ -134,6 +127,7 @@ class ViT(Backbone):
         _check(config)
         self.config = config
         self.width = self.pooled_width = config.width
+        self.depth = config.depth
         self.patch_embed = PatchEmbed(config.bands, config.patch, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         side = config.image_size // config.patch
@@ -159,7 +153,8 @@ class ViT(Backbone):
         if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
             raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
-        position_nd = self.positions(grid[2], grid[3], images_bchw.device)
+        # in the weights' dtype, so that a backbone loaded in bf16 stays in it
+        position_nd = self.positions(grid[2], grid[3], images_bchw.device).to(self.patch_embed.proj.weight.dtype)
         x_bkd = self.patch_embed(images_bchw, keep)
         x_bkd = x_bkd + (position_nd if keep is None else position_nd[keep])
         return Tokens(x_bkd, grid, _boxes(grid, self.config.patch, images_bchw.device), keep)
@@ -181,7 +176,7 @@ class ViT(Backbone):
     def encode(self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()) -> Features:
         x_bkd = tokens.x if keep is None else gather(tokens.x, keep)
         x_btd = torch.cat([self.cls_token.to(x_bkd.dtype).expand(len(x_bkd), -1, -1), x_bkd], dim=1)
-        tapped: dict[int, Tensor] = {}
+        tapped = {-1: x_btd} if -1 in taps else {}
         for number, block in enumerate(self.blocks):
             x_btd = block(x_btd)
             if number in taps:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, Registry
+from swath.backbones.base import Backbone, Recomputed, Registry
 from swath.shards.prepare import Batch
 
 
@@ -41,9 +41,9 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, draw: Draws) -> Outcome:
         raise NotImplementedError
 
-    def recomputable(self) -> list[nn.Module]:
+    def blocks(self) -> list[Recomputed]:
         """The blocks that activation checkpointing and per-block compilation apply to."""
-        return [m for m in self.modules() if hasattr(m, "recompute")]
+        return [m for m in self.modules() if isinstance(m, Recomputed)]
 
 
 registry = Registry("objective")

@@ -63,7 +63,7 @@ def _decode_jpeg(data: bytes | memoryview) -> np.ndarray:
     """(H, W, 3) or (H, W, 1) uint8. Strict: a truncated file is an error, not a grey lower half."""
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width * 3 > MAX_VALUES:
+        if int(height) * int(width) * 3 > MAX_VALUES:
             raise DecodeError(f"declared size {width}×{height} is beyond the limit of {MAX_VALUES} values")
         space = "GRAY" if colour.lower() == "gray" else "RGB"
         return simplejpeg.decode_jpeg(data, colorspace=space, strict=True)

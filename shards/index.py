@@ -20,8 +20,11 @@ _HEADER = struct.Struct("<8sQI44x")
 
 SAMPLE = np.dtype([("id", "<i8"), ("key_start", "<u8"), ("key_length", "<u4"), ("label", "<i4"), ("block", "<i8")])
 MEMBER = np.dtype(
-    [("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc32", "<u4"), ("format", "<u4"), ("scale", "<f8"), ("add", "<f8")]
-)
+    [
+        ("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc32", "<u4"), ("format", "<u4"),
+        ("scale", "<f8"), ("add", "<f8"),
+    ]
+)  # fmt: skip
 FORMATS = ("absent", "jpg", "png", "npy", "json")
 
 

@@ -34,7 +34,7 @@ class Manifest(Strict):
     skipped: tuple[tuple[str, str], ...] = ()
     plan: str = ""
     made_by: str = ""
-    source: dict[str, Any] = {}
+    source: dict[str, Any] = Field(default_factory=dict)
 
     def contract(self, modality: str | None = None) -> InputContract:
         """The contract of `modality`, or of the only one."""

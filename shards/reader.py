@@ -44,6 +44,10 @@ class Chips:
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Chips(**moved)
 
+    def part(self, rows: slice) -> "Chips":
+        """Some of the samples."""
+        return Chips(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
 
 class ShardReader:
     """A folder of shards. Opening reads the manifest and maps the index; tars are mapped when first needed."""

@@ -101,11 +101,12 @@ class MAE(Objective):
             ],
             dim=1,
         )
-        *early, last = self.decoder_blocks or [None]
-        for block in early:
-            x_btd = block(x_btd)
         wanted = x_btd.shape[1] - prefix if everywhere else masked_bm.shape[1]
-        x_btd = x_btd[:, -wanted:] if last is None else last(x_btd, queries=wanted)
+        for block in self.decoder_blocks[:-1]:
+            x_btd = block(x_btd)
+        for block in self.decoder_blocks[-1:]:
+            x_btd = block(x_btd, wanted)
+        x_btd = x_btd[:, -wanted:]
         prediction = self.decoder_pred(self.decoder_norm(x_btd))
         if not everywhere:
             return prediction

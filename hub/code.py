@@ -1,0 +1,52 @@
+"""The Python files of an export: the templates, and the backbone's own modules with their imports made relative.
+
+transformers follows relative imports within one folder, so `swath.backbones.vit` becomes `swath_vit.py` there.
+"""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+from swath.backbones.base import Backbone
+from swath.shards.errors import InputError
+
+AUTO = {
+    "AutoConfig": "configuration_swath.SwathConfig",
+    "AutoModel": "modeling_swath.SwathModel",
+    "AutoImageProcessor": "image_processing_swath.SwathImageProcessor",
+}
+_TEMPLATES = Path(__file__).with_name("templates")
+_ENCODER = re.compile(r"^from \S+ import \w+ as Encoder\b.*$", re.MULTILINE)
+_CARRIED = re.compile(r"^( *)from (swath\.backbones\.\w+) import", re.MULTILINE)
+_LEFT = re.compile(r"^ *(?:from|import) (swath\b[\w.]*)", re.MULTILINE)
+
+
+def exported_code(backbone: type[Backbone]) -> dict[str, str]:
+    """{file name: text} of all that an export of `backbone` needs.
+
+    Raises InputError for a backbone that imports more of swath than other files of `swath.backbones`.
+    """
+    files = {path.name: path.read_text() for path in sorted(_TEMPLATES.glob("*.py"))}
+    encoder = f"from .{_flat(backbone.__module__)} import {backbone.__name__} as Encoder"
+    files["modeling_swath.py"] = _ENCODER.sub(encoder, files["modeling_swath.py"])
+    files[f"{_flat(backbone.__module__)}.py"] = _source(backbone.__module__)
+    waiting = list(files)
+    while waiting:
+        name = waiting.pop()
+        for _, module in _CARRIED.findall(files[name]):
+            if f"{_flat(module)}.py" not in files:
+                files[f"{_flat(module)}.py"] = _source(module)
+                waiting.append(f"{_flat(module)}.py")
+        files[name] = _CARRIED.sub(lambda found: f"{found[1]}from .{_flat(found[2])} import", files[name])
+        if left := _LEFT.findall(files[name]):
+            raise InputError(f"{backbone.__name__} cannot be exported: its code imports {', '.join(sorted(set(left)))}")
+    return files
+
+
+def _flat(module: str) -> str:
+    return f"swath_{module.rpartition('.')[2]}"
+
+
+def _source(module: str) -> str:
+    return inspect.getsource(importlib.import_module(module))

@@ -1,0 +1,190 @@
+"""The command `swath`. Exit codes: 0 done, 1 our fault, 2 the user's input, 85 stopped by a signal after saving."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import swath
+from swath.shards.errors import InputError
+
+STOPPED = 85
+
+
+def _scenes(args: argparse.Namespace) -> int:
+    from swath.shards.scenes import write_scenes
+
+    made = write_scenes(
+        args.out, count=args.count, size=args.size, seed=args.seed, dates=args.dates, sar=args.sar, clouds=args.clouds,
+        progress=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print(f"{len(made)} scenes in {args.out}")
+    return 0
+
+
+def _shard(args: argparse.Namespace) -> int:
+    from swath.shards.ingest import shard
+
+    bands = args.bands.split(",") if args.bands else None
+    made = shard(
+        args.source, args.out, split=args.split, chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor,
+        level=args.level, max_failed=args.max_failed, max_nodata=args.max_nodata,
+    )  # fmt: skip
+    for name, manifest in made.items():
+        skipped = f", {len(manifest.skipped)} not decodable (listed in manifest.json)" if manifest.skipped else ""
+        print(f"{args.out / name}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from swath.launch.report import write_report
+
+    from swath.launch.recipes import find
+    from swath.pretrain.config import read_recipe
+    from swath.pretrain.trainer import pretrain
+
+    text, name = find(args.recipe)
+    result = pretrain(read_recipe(text, args.overrides, name=name))
+    if result.stopped and result.step < result.total:
+        print(f"stopped after step {result.step} of {result.total}; the same command continues it")
+        return STOPPED
+    print(f"{result.step} steps done; report: {write_report(result.run)}")
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from swath.launch.report import write_report
+    from swath.probes.run import probe, table
+
+    result = probe(args.task, args.backbone, args.train, args.test, val=args.val, json_path=args.json)
+    print(table(result))
+    if (args.backbone / "metrics.jsonl").exists():
+        write_report(args.backbone)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from swath.hub.export import export
+
+    print(f"exported to {export(args.backbone, args.to)}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from swath.launch.demo import demo
+
+    return demo(args.out)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from swath.launch.doctor import doctor
+
+    print(doctor())
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from swath.launch.recipes import listing
+
+    print(listing())
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from swath.shards.reindex import reindex
+
+    manifest = reindex(args.folder)
+    print(f"{args.folder}: {manifest.samples} samples in {len(manifest.shards)} shards indexed")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from swath.shards.inspect import inspect
+
+    print(inspect(args.folder).text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="swath", description=swath.__doc__)
+    parser.add_argument("--version", action="version", version=f"swath {swath.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("scenes", help="write synthetic Sentinel-2 scenes with land cover")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--count", type=int, default=4)
+    p.add_argument("--size", type=int, default=512, help="pixels of 10 m on each side")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dates", type=int, default=1)
+    p.add_argument("--sar", action="store_true", help="a VV/VH raster in dB beside each scene")
+    p.add_argument("--clouds", action="store_true", help="clouds, and a validity mask beside each scene")
+    p.set_defaults(run=_scenes)
+
+    p = commands.add_parser("shard", help="rasters or images to shards")
+    p.add_argument("source", type=Path, help="folder or zip")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--split", type=Path, help="CSV with columns file,class,split")
+    p.add_argument("--chip", type=int, help="pixels on each side (64, or whole files where all are small)")
+    p.add_argument("--stride", type=int, help="pixels between chips (the chip's size)")
+    p.add_argument("--bands", help="band names in file order, separated by commas, where the files do not name them")
+    p.add_argument("--sensor", help="where it cannot be told from the files")
+    p.add_argument("--level", help="processing level, where it cannot be told from the files")
+    p.add_argument("--max-failed", type=float, default=0.01, help="share of files that may be undecodable (0.01)")
+    p.add_argument("--max-nodata", type=float, default=0.5, help="share of nodata above which a chip is left out (0.5)")
+    p.set_defaults(run=_shard)
+
+    p = commands.add_parser("pretrain", help="train a recipe, or continue its run")
+    p.add_argument("recipe", help="a YAML path, or the name of a shipped recipe (see swath recipes)")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=shards/train train.epochs=10")
+    p.set_defaults(run=_pretrain)
+
+    p = commands.add_parser("probe", help="how good are frozen features")
+    p.add_argument("task", choices=["knn", "linear"])
+    p.add_argument("backbone", type=Path, help="run folder, checkpoint or exported folder")
+    p.add_argument("--train", type=Path, required=True)
+    p.add_argument("--test", type=Path, required=True)
+    p.add_argument("--val", type=Path, help="shards to choose settings on; a part of --train otherwise")
+    p.add_argument("--json", type=Path)
+    p.set_defaults(run=_probe)
+
+    p = commands.add_parser("export", help="a folder that transformers loads without swath")
+    p.add_argument("backbone", type=Path, help="run folder, checkpoint or exported folder")
+    p.add_argument("--to", type=Path, required=True)
+    p.set_defaults(run=_export)
+
+    p = commands.add_parser("demo", help="the whole way on synthetic scenes, in minutes on two cores")
+    p.add_argument("--out", type=Path, default=Path("out/demo"))
+    p.set_defaults(run=_demo)
+
+    commands.add_parser("doctor", help="what this machine has, and what swath will use").set_defaults(run=_doctor)
+    commands.add_parser("recipes", help="the shipped recipes").set_defaults(run=_recipes)
+
+    for name, run, text in (
+        ("index", _index, "rebuild the index of a folder of shards"),
+        ("inspect", _inspect, "what a folder of shards holds"),
+    ):
+        p = commands.add_parser(name, help=text)
+        p.add_argument("folder", type=Path)
+        p.set_defaults(run=run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("swath").setLevel(logging.INFO)
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except InputError as error:
+        print(f"swath {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"swath {args.command}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""The training loop. Step s (counted from 0) trains on global batch s of the order; a checkpoint of step n has done n of them.
+
+    chips ──prepare──▶ batch ──objective──▶ numerator, weight ──backward──▶ gradients of the numerator
+    loss = numerator / weight over the whole global batch: gradients are divided by it inside the optimiser's one pass.
+
+Order, views and masks are pure functions of the position, so a run that was killed continues with the numbers it would have had.
+"""
+
+import dataclasses
+import logging
+import platform
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+import swath
+from swath.backbones import base
+from swath.pretrain import augment, checkpoint, cost, health, objective, precision
+from swath.pretrain.config import Recipe, refuse_changes
+from swath.pretrain.objective import Objective
+from swath.pretrain.optimizer import Schedule, adamw
+from swath.pretrain.owner import Owner
+from swath.pretrain.pictures import sheet
+from swath.pretrain.record import Record, finite
+from swath.shards.bands import InputContract
+from swath.shards.draw import Draw
+from swath.shards.errors import InputError
+from swath.shards.files import disk_errors, write_bytes, write_json
+from swath.shards.loader import Loader
+from swath.shards.order import SampleOrder, cut
+from swath.shards.prepare import Batch, prepare
+from swath.shards.reader import Chips, ShardReader
+
+log = logging.getLogger("swath")
+
+
+@dataclass
+class Result:
+    """How a call of `pretrain` ended: after `step` of `total` steps, or asked to stop by a signal."""
+
+    run: Path
+    step: int
+    total: int
+    stopped: bool
+
+
+def pretrain(recipe: Recipe) -> Result:
+    """Train, or continue, the run of `recipe` until its end or until a signal asks to stop."""
+    run = recipe.run.dir
+    with disk_errors("writing the run", run):
+        run.mkdir(parents=True, exist_ok=True)
+        with Owner(run):
+            return _Trainer(recipe).train()
+
+
+class _Trainer:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.run = recipe, recipe.run.dir
+        self.reader = ShardReader(recipe.data.train)
+        self.held_out = ShardReader(recipe.data.val) if recipe.data.val else self.reader
+        self.contract = self.reader.contract
+        self.contract.require(
+            self.held_out.contract, ours=str(recipe.data.train), theirs=str(recipe.data.val), remedy="data.val of the same bands"
+        )
+        self.size = self._image_size()
+        self.micro, self.accumulate = cut(recipe.train.global_batch, 1, recipe.train.micro_batch)
+        self.total = self._total_steps()
+        self.stored = self._stored()
+        self.device = self._device()
+        self.chosen = self._choices()
+        self.model = self._build().to(self.device)
+        self.optimizer = adamw(self.model, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
+        self.step = 0
+        self.stopped = False
+        self.bad = 0
+
+    # --- what is fixed before the first step ---
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.recipe.data.size
+        if size is not None:
+            return size, size
+        if self.contract.height is None or self.contract.width is None:
+            raise InputError(f"chips of {self.recipe.data.train} have several sizes; say which to train at: data.size=…")
+        return self.contract.height, self.contract.width
+
+    def _total_steps(self) -> int:
+        """floor(epochs · N / global batch), or fewer where max_steps says so."""
+        train, samples = self.recipe.train, len(self.reader)
+        lengths = [] if train.epochs is None else [int(train.epochs * samples / train.global_batch)]
+        lengths += [] if train.max_steps is None else [train.max_steps]
+        if not lengths:
+            raise InputError("train.epochs or train.max_steps: one of them is needed")
+        if min(lengths) < 1:
+            raise InputError(
+                f"train.epochs {train.epochs:g} of {samples} samples are less than one step of train.global_batch "
+                f"{train.global_batch}; more epochs, or a batch of at most {max(1, int((train.epochs or 1) * samples))}, would do"
+            )
+        return min(lengths)
+
+    def _stored(self) -> Path | None:
+        """The checkpoint to continue from, after checking that this is the same run on the same data."""
+        latest = checkpoint.find_latest(self.run, mend=True)
+        resolved = self.run / "recipe.yaml"
+        if resolved.exists():
+            refuse_changes(yaml.safe_load(resolved.read_text()), self.recipe.resolved(), self.run)
+        if latest is not None:
+            trained = InputContract.model_validate(checkpoint.read_state(latest)["contract"])
+            remedy = f"shards with the bands of the run, or another run.dir for {self.recipe.data.train}"
+            trained.require(self.contract, ours=f"checkpoint {latest}", theirs=str(self.recipe.data.train), remedy=remedy)
+            if trained != self.contract or checkpoint.read_state(latest)["shards"] != self._shards():
+                raise InputError(f"{self.recipe.data.train} is not the data that {latest} was trained on; {remedy}")
+        write_bytes(resolved, yaml.safe_dump(self.recipe.resolved(), sort_keys=False).encode())
+        return latest
+
+    def _shards(self) -> list[list[Any]]:
+        return [[shard.name, shard.samples, shard.sha256] for shard in self.reader.manifest.shards]
+
+    def _device(self) -> torch.device:
+        asked = self.recipe.train.device
+        if asked == "cuda" and not torch.cuda.is_available():
+            raise InputError("train.device is cuda, and torch sees no GPU here; train.device=cpu would do")
+        return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def _build(self) -> Objective:
+        """The model, initialised from the seed alone. Components refuse what cannot be, in one line."""
+        torch.manual_seed(self.recipe.run.seed)
+        options = self.backbone_options()
+        task = dict(self.recipe.objective)
+        try:
+            backbone = base.create(**options)
+            model = objective.build(task.pop("name"), backbone, self.size, len(self.contract.bands), **task)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        for block in model.blocks():
+            block.recompute = self.recipe.train.activation_checkpointing
+            if self.recipe.train.compile:
+                block.compile()
+        return model
+
+    def backbone_options(self) -> dict[str, Any]:
+        """The recipe's backbone with what the data decide: the number of bands, and the size whose positions are exact."""
+        return {"bands": len(self.contract.bands), "image_size": max(self.size), **self.recipe.backbone}
+
+    def _choices(self) -> dict[str, Any]:
+        """What `auto` came to, and the threads: decided at the first start, kept in choices.json, used ever after."""
+        path = self.run / "choices.json"
+        if path.exists():
+            chosen = yaml.safe_load(path.read_text())
+            here = {"torch": torch.__version__, "machine": platform.machine(), "device": self.device.type}
+            moved = [f"{k} {chosen[k]} then, {v} now" for k, v in here.items() if chosen[k] != v]
+            if moved:
+                log.warning("losses will not repeat bit for bit: %s", "; ".join(moved))
+            torch.set_num_threads(chosen["threads"])
+            return chosen
+        torch.set_num_threads(self.recipe.train.threads or torch.get_num_threads())
+        asked, gain, count = self.recipe.train.precision, None, 0
+        probe = self._build().to(self.device)
+        step = self._rehearsal(probe)
+        count = cost.flops(step)
+        picked: precision.Precision
+        if asked == "auto":
+            picked, gain = precision.choose(self.device, step)
+            log.info("precision auto: bf16 is %.2f times as fast here, training in %s", gain, picked)
+        else:
+            picked = asked
+        chosen = {
+            "precision": picked,
+            "bf16_gain": None if gain is None else finite(gain),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "device": self.device.type,
+            "flops_per_sample": count / self.micro,
+            "peak_flops": cost.peak(self.device, picked),
+        }
+        write_json(path, chosen)
+        return chosen
+
+    def _rehearsal(self, model: Objective) -> Any:
+        """One forward and backward pass on blank images, as large as a micro-batch."""
+        blank = torch.zeros(self.micro, len(self.contract.bands), *self.size, device=self.device)
+        ids = torch.arange(self.micro, device=self.device)
+        batch = Batch({self.contract.modality: blank}, {}, ids, torch.zeros_like(ids), torch.ones(self.micro, device=self.device))
+
+        def step() -> None:
+            model(batch, Draw(0, ids, ids)).numerator.backward()
+
+        return step
+
+    # --- the loop ---
+
+    def train(self) -> Result:
+        self._restore()
+        record = Record(self.run, self.step, self.total)
+        previous = self._catch_signals()
+        try:
+            if self.step == 0 and not record.health.rows:
+                self._check(record)
+            if self.step < self.total:
+                self._steps(record)
+        finally:
+            record.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return Result(self.run, self.step, self.total, self.stopped)
+
+    def _steps(self, record: Record) -> None:
+        train = self.recipe.train
+        rate = train.global_batch / 256
+        schedule = Schedule(
+            peak=train.lr_per_256 * rate,
+            final=train.min_lr_per_256 * rate,
+            warmup=min(train.warmup_epochs * len(self.reader) / train.global_batch, self.total),
+            steps=self.total,
+        )
+        log.info(
+            "%d steps of %d samples (%d samples in the data set), lr %.3g, %s on %s, micro-batch %d × %d",
+            self.total, train.global_batch, len(self.reader), schedule.peak, self.chosen["precision"], self.device,
+            self.micro, self.accumulate,
+        )  # fmt: skip
+        data = self.recipe.data
+        order = SampleOrder(self.reader.shard_sizes, seed=self.recipe.run.seed, window=data.window, lanes=data.lanes)
+        loader = iter(
+            Loader(
+                self.reader, order, global_batch=train.global_batch, micro_batch=self.micro, step=self.step, workers=data.workers
+            )
+        )
+        waiting: dict[str, Any] | None = None  # a step's numbers are read one step later, so that the device never waits
+        self.model.train()
+        while self.step < self.total and not self.stopped:
+            row = self._one_step(loader, schedule)
+            self.step += 1
+            if waiting is not None:
+                self._write(record, waiting)
+            waiting = row
+            last = self.step == self.total or self.stopped
+            due = self.step % self.recipe.checkpoint.every == 0
+            look = self.step % self.recipe.health.every == 0
+            if last or due or look:
+                self._write(record, waiting)
+                waiting = None
+            if look or self.step == self.total:
+                self._check(record)
+            if last or due:
+                self._save()
+        loader.close()  # type: ignore[attr-defined]
+
+    def _one_step(self, loader: Any, schedule: Schedule) -> dict[str, Any]:
+        """One update. Returns what is to be written, tensors still on the device."""
+        began, waited = time.perf_counter(), 0.0
+        share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
+        numerator, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        terms: dict[str, list[Tensor]] = {}
+        ids = []
+        for _ in range(self.accumulate):
+            start = time.perf_counter()
+            chips: Chips = next(loader).to(self.device)
+            waited += time.perf_counter() - start
+            ids.append(chips.id)
+            draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
+            view = augment.view(self.recipe.data.augment, draw, chips.size)
+            batch = prepare(chips, self.contract, self.size, view)
+            with precision.autocast(self.chosen["precision"], self.device):
+                outcome = self.model(batch, draw)
+            (outcome.numerator / share).backward()
+            numerator, weight = numerator + outcome.numerator.detach(), weight + outcome.weight
+            for name, (amount, count) in outcome.terms.items():
+                amounts = terms.setdefault(name, [torch.zeros_like(amount), torch.zeros_like(count)])
+                terms[name] = [amounts[0] + amount, amounts[1] + count]
+        lr = schedule.lr(self.step)
+        norm, skipped = self._update(numerator, weight, share, lr)
+        return {
+            "step": self.step + 1,
+            "samples": (self.step + 1) * self.recipe.train.global_batch,
+            "loss": numerator / weight,
+            "lr": lr,
+            "grad_norm": norm,
+            "terms": {name: amount / count for name, (amount, count) in terms.items()},
+            "skipped": skipped,
+            "nothing_valid": weight == 0,
+            "ids": ids,
+            "seconds": time.perf_counter() - began,
+            "waited": waited,
+        }
+
+    def _update(self, numerator: Tensor, weight: Tensor, share: int, lr: float) -> tuple[Tensor, Tensor]:
+        """The optimiser's step, skipped on the device where anything is not finite. Returns (gradient norm, skipped)."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        factor = weight / share  # gradients are of numerator / share; divided by this they are of numerator / weight
+        norm = torch.nn.utils.get_total_norm(gradients) / factor
+        skipped = ~(torch.isfinite(norm) & torch.isfinite(numerator))
+        clip = self.recipe.train.clip_norm
+        if clip is not None:
+            factor = factor * (norm / clip).clamp_min(1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.grad_scale = factor.float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def _write(self, record: Record, row: dict[str, Any]) -> None:
+        """Read a step's numbers from the device, write its line, and stop the run after too many bad steps in a row."""
+        skipped, empty = bool(row["skipped"]), bool(row["nothing_valid"])
+        samples = self.recipe.train.global_batch
+        speed = samples / row["seconds"]
+        line = {
+            "step": row["step"],
+            "samples": row["samples"],
+            "epoch": row["samples"] / len(self.reader),
+            "loss": finite(float(row["loss"])),
+            "lr": row["lr"],
+            "seconds": row["seconds"],
+            "grad_norm": finite(float(row["grad_norm"])),
+            "terms": {name: finite(float(value)) for name, value in row["terms"].items()},
+            "samples_per_second": speed,
+            "data_wait": row["waited"] / row["seconds"],
+            "mfu": speed * self.chosen["flops_per_sample"] / self.chosen["peak_flops"],
+            "skipped": skipped,
+        }
+        record.step(line)
+        if not skipped or empty:
+            self.bad = 0
+            return
+        self.bad += 1
+        ids = torch.cat(row["ids"]).tolist()
+        write_json(self.run / f"skipped-step-{row['step']:08d}.json", {"step": row["step"], "sample_ids": ids})
+        log.warning("step %d skipped: loss or gradient is not finite; its sample ids are in the run folder", row["step"])
+        if self.bad >= self.recipe.train.max_bad_steps:
+            raise InputError(
+                f"{self.bad} steps in a row had a loss or gradient that is not finite, up to step {row['step']}; "
+                "a lower train.lr_per_256, train.clip_norm=1 or train.precision=fp32 would be next to try"
+            )
+
+    def _check(self, record: Record) -> None:
+        """Held-out loss, health, and pictures of what the objective makes now."""
+        count = min(self.recipe.health.samples, len(self.held_out))
+        numbers = np.linspace(0, len(self.held_out) - 1, count).astype(np.int64)
+        chips = self.held_out.chips(numbers).to(self.device)
+        row: dict[str, Any] = {"step": self.step, "held_out": self.held_out is not self.reader}
+        numerator = weight = 0.0
+        parts, pictures = [], None
+        self.model.eval()
+        with torch.no_grad(), precision.autocast(self.chosen["precision"], self.device):
+            for first in range(0, count, self.micro):
+                batch = prepare(chips.part(slice(first, first + self.micro)), self.contract, self.size)
+                outcome = self.model(batch, Draw(self.recipe.run.seed, batch.id, batch.visit))
+                numerator, weight = numerator + float(outcome.numerator), weight + float(outcome.weight)
+                parts.append(self.model.backbone(batch.images[self.contract.modality]))
+                if pictures is None and outcome.picture is not None:
+                    pictures = outcome.picture()
+        self.model.train()
+        row["loss"] = numerator / weight if weight else None
+        measured = health.measure(torch.cat([p.pooled for p in parts]), torch.cat([p.tokens for p in parts]))
+        row |= {name: finite(value) for name, value in measured.items()}
+        row["warnings"] = health.warnings([*record.health.rows, row])
+        record.check(row)
+        for sign in row["warnings"]:
+            log.warning("health at step %d: %s", self.step, sign)
+        if pictures is not None:
+            sheet(pictures, self.contract.bands, self.run / "pictures" / f"step-{self.step:08d}.png")
+
+    # --- stopping and continuing ---
+
+    def _restore(self) -> None:
+        if self.stored is None:
+            return
+        checkpoint.start_optimizer(self.optimizer)
+        checkpoint.load_into(self.stored, checkpoint.tensors_of(self.model, self.optimizer))
+        self.step = checkpoint.read_state(self.stored)["step"]
+        log.info("continuing from %s", self.stored)
+
+    def _save(self) -> None:
+        options = self.backbone_options()
+        state = {
+            "step": self.step,
+            "samples": self.step * self.recipe.train.global_batch,
+            "total_steps": self.total,
+            "config": {**self.recipe.resolved(), "data": {**self.recipe.resolved()["data"], "size": list(self.size)}},
+            "backbone": {"name": options["name"], "options": dataclasses.asdict(self.model.backbone.config)},
+            "contract": self.contract.model_dump(mode="json"),
+            "shards": self._shards(),
+            "choices": self.chosen,
+            "versions": {"swath": swath.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        checkpoint.save(
+            self.run,
+            self.step,
+            checkpoint.tensors_of(self.model, self.optimizer),
+            state,
+            keep=self.recipe.checkpoint.keep,
+            permanent_every=self.recipe.checkpoint.permanent_every,
+        )
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint after the step in hand; a second Ctrl-C interrupts it."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stopped and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped = True
+            log.info("%s: saving after this step", signal.Signals(number).name)
+
+        return {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}

@@ -1,0 +1,96 @@
+"""Small things to test with: a contract, a backbone that nobody trained, a folder of shards."""
+
+import dataclasses
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from swath.backbones.base import create
+from swath.hub.load import Loaded
+from swath.shards.bands import Band, InputContract, Normalisation
+from swath.shards.codec import encode_npy
+from swath.shards.draw import hash_text
+from swath.shards.index import FORMATS, MEMBER, SAMPLE, Index, columns_of
+from swath.shards.manifest import Manifest, Shard
+
+WAVELENGTHS = {"B02": 490.0, "B03": 560.0, "B04": 665.0, "B08": 842.0}
+
+
+def contract(*names: str, unit: str = "reflectance", nodata: float | None = 0, side: int = 16) -> InputContract:
+    """Sentinel-2 bands, all four by default, of uint16 chips of side² pixels."""
+    names = names or tuple(WAVELENGTHS)
+    count = len(names)
+    return InputContract.model_validate(
+        {
+            "modality": "optical", "sensor": "sentinel2", "level": "L2A", "unit": unit, "dtype": "uint16", "nodata": nodata,
+            "height": side, "width": side, "gsd_m": 10,
+            "bands": tuple(Band(name=name, wavelength_nm=WAVELENGTHS.get(name)) for name in names),
+            "normalisation": Normalisation(mean=(0.2,) * count, std=(0.07,) * count, pixels=(9,) * count),
+        }
+    )  # fmt: skip
+
+
+def loaded(bands: InputContract | None = None, *, pool: str = "mean", seed: int = 0) -> Loaded:
+    """A ViT of two blocks and width 24 with random weights, as if trained at 16 × 16 pixels."""
+    bands = bands or contract()
+    torch.manual_seed(seed)
+    options = {"bands": len(bands.bands), "image_size": 16, "patch": 8, "width": 24, "depth": 2, "heads": 3, "pool": pool}
+    backbone = create("vit_tiny_patch8", **options).eval()
+    origin = {
+        "step": 1200,
+        "samples": 307200,
+        "recipe": "mae_vit_tiny",
+        "versions": {"torch": "2.13.0"},
+        "config": {
+            "run": {"dir": "/home/somebody/runs/a", "seed": 3},
+            "data": {"train": "/data/secret/eurosat/train", "size": 16},
+        },
+    }
+    return Loaded(backbone, bands, (16, 16), "vit_tiny_patch8", dataclasses.asdict(backbone.config), origin)  # type: ignore[arg-type]
+
+
+def write_shards(
+    folder: Path,
+    pixels_nchw: np.ndarray,
+    labels: Sequence[int],
+    *,
+    bands: InputContract | None = None,
+    classes: Sequence[str] = ("field", "water"),
+    blocks: Sequence[int] | None = None,
+) -> Path:
+    """One shard of uint16 chips, to be read as DN · 1e-4; label -1 is none."""
+    bands = bands or contract()
+    folder.mkdir(parents=True)
+    columns = columns_of([bands.modality])
+    samples = np.zeros(len(labels), SAMPLE)
+    members = np.zeros((len(labels), len(columns)), MEMBER)
+    path = folder / "shard-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for row, (chip, label) in enumerate(zip(pixels_nchw, labels, strict=True)):
+            key = f"{row:06d}"
+            samples[row] = (hash_text(folder.name, key), row * 6, 6, label, -1 if blocks is None else blocks[row])
+            for column, kind, data in ((bands.modality, "npy", encode_npy(chip)), ("json", "json", json.dumps({}).encode())):
+                info = tarfile.TarInfo(f"{key}.{column}.{kind}" if kind != "json" else f"{key}.json")
+                info.size = len(data)
+                start = tar.offset + 512
+                tar.addfile(info, io.BytesIO(data))
+                member = (start, len(data), 0, zlib.crc32(data), FORMATS.index(kind), 1e-4, 0.0)
+                members[row, columns.index(column)] = member
+    keys = np.frombuffer("".join(f"{row:06d}" for row in range(len(labels))).encode(), np.uint8)
+    Index(samples, members, keys, columns).write(folder)
+    data = path.read_bytes()
+    Manifest(
+        dataset=folder.name,
+        samples=len(labels),
+        contracts={bands.modality: bands},
+        classes=tuple(classes),
+        shards=(Shard(name=path.name, samples=len(labels), bytes=len(data), sha256=sha256(data).hexdigest()),),
+    ).write(folder)
+    return folder
