@@ -94,7 +94,11 @@ def patches(images_bchw: Tensor, patch: int, keep: Tensor | None = None) -> Tens
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """`image_size` fixes the spacing of positions; any other size that `patch` divides interpolates them."""
+    """`image_size` fixes the spacing of positions; any other size that `patch` divides interpolates them.
+
+    `pool` of patch tokens after the final norm: their mean, the class token instead, or mean and standard deviation side by side
+    (2 · width numbers), which keeps how much the tokens differ: texture, where the mean keeps colour.
+    """
 
     bands: int
     image_size: int = 224
@@ -104,7 +108,7 @@ class ViTConfig:
     heads: int = 12
     mlp_ratio: float = 4.0
     positions: Literal["sincos", "learned"] = "sincos"
-    pool: Literal["mean", "class"] = "mean"
+    pool: Literal["mean", "class", "mean_std"] = "mean"
 
 
 _SIZES = {
@@ -126,7 +130,8 @@ class ViT(Backbone):
         super().__init__()
         _check(config)
         self.config = config
-        self.width = self.pooled_width = config.width
+        self.width = config.width
+        self.pooled_width = config.width * (2 if config.pool == "mean_std" else 1)
         self.depth = config.depth
         self.patch_embed = PatchEmbed(config.bands, config.patch, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -186,8 +191,16 @@ class ViT(Backbone):
         maps: dict[int, Tensor] = {}
         if keep is None and tokens.keep is None:
             maps[self.config.patch] = x_bkd.transpose(1, 2).unflatten(2, tokens.grid[2:])
-        pooled = x_bkd.mean(dim=1) if self.config.pool == "mean" else prefix[:, 0]
-        return Features(pooled, x_bkd, prefix, maps, tapped)
+        return Features(self._pool(prefix, x_bkd), x_bkd, prefix, maps, tapped)
+
+    def _pool(self, prefix_b1d: Tensor, x_bkd: Tensor) -> Tensor:
+        if self.config.pool == "class":
+            return prefix_b1d[:, 0]
+        mean_bd = x_bkd.mean(dim=1)
+        if self.config.pool == "mean":
+            return mean_bd
+        # EPS: the gradient of a root at 0, which a constant image has, is infinite
+        return torch.cat([mean_bd, (x_bkd.var(dim=1, correction=0) + EPS).sqrt()], dim=1)
 
 
 def _boxes(grid: tuple[int, int, int, int], patch: int, device: torch.device) -> Tensor:

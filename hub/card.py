@@ -36,6 +36,8 @@ def card(loaded: Loaded, origin: dict[str, Any]) -> str:
     parameters = sum(p.numel() for p in loaded.backbone.parameters())
     counts = [f"{origin[what]:,} {unit}" for what, unit in (("step", "steps"), ("samples", "samples")) if what in origin]
     trained = f" ({', '.join(counts)})" if counts else ""
+    objective = f" ({name})" if (name := origin.get("config", {}).get("objective", {}).get("name")) else ""
+    imagery = " ".join(word for word in (contract.sensor, contract.level) if word != "unknown")
     resolution = f", {contract.gsd_m:g} m per pixel" if contract.gsd_m else ""
     nodata = f", nodata {contract.nodata:g}" if contract.nodata is not None else ""
     integers = "" if contract.unit == "digital number" else ", scale=…, add=…"
@@ -44,10 +46,10 @@ def card(loaded: Loaded, origin: dict[str, Any]) -> str:
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
 ---
 
-# {loaded.name} for {contract.sensor} {contract.level}
+# {loaded.name} for {imagery}
 
-An Earth-observation backbone, pretrained with swath: {parameters / 1e6:,.1f} M parameters,
-features of width {loaded.backbone.pooled_width}, trained at {height} × {width} pixels{trained}. The recipe is in `recipe.yaml`.
+An Earth-observation backbone, pretrained with swath{objective}: {parameters / 1e6:,.1f} M parameters, features of width
+{loaded.backbone.pooled_width}, trained at {height} × {width} pixels{trained}. The recipe is in `recipe.yaml`.
 
 ## Input contract
 

@@ -73,8 +73,7 @@ def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, i
 
 
 def _origin(state: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: state[key] for key in ("step", "samples", "versions", "config") if key in state}
-    return {**kept, "recipe": state.get("recipe") or state["config"].get("recipe")}
+    return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config") if key in state}
 
 
 def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

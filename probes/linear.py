@@ -15,7 +15,7 @@ from swath.shards.errors import InputError
 STRENGTHS = tuple(float(c) for c in np.logspace(-4, 2, 10))
 HELD_OUT = 0.2
 # Along the path each C starts from the solution of the one before, so iterations add up.
-_PATH_ITERATIONS, _FINAL_ITERATIONS = 200, 1000
+_PATH_ITERATIONS, _FINAL_ITERATIONS = 150, 1000
 
 
 def linear(train: Features, test: Features, val: Features | None = None, *, strengths: tuple[float, ...] = STRENGTHS) -> Scores:

@@ -1,4 +1,4 @@
-"""Small things to test with: a contract, a backbone that nobody trained, a folder of shards."""
+"""Small things to test with: a contract, a backbone that nobody trained, a run folder, a folder of shards."""
 
 import dataclasses
 import io
@@ -14,6 +14,7 @@ import torch
 
 from swath.backbones.base import create
 from swath.hub.load import Loaded
+from swath.pretrain.checkpoint import save
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import encode_npy
 from swath.shards.draw import hash_text
@@ -54,6 +55,23 @@ def loaded(bands: InputContract | None = None, *, pool: str = "mean", seed: int 
         },
     }
     return Loaded(backbone, bands, (16, 16), "vit_tiny_patch8", dataclasses.asdict(backbone.config), origin)  # type: ignore[arg-type]
+
+
+def save_run(source: Loaded, run: Path) -> Path:
+    """A run folder with one checkpoint, as `swath pretrain` leaves it."""
+    tensors = {f"model.backbone.{name}": tensor for name, tensor in source.backbone.state_dict().items()}
+    tensors["model.decoder.weight"] = torch.zeros(3)
+    state = {
+        "step": 7,
+        "samples": 1792,
+        "config": {"data": {"size": 16, "train": "/data/secret"}, "backbone": {"name": source.name}, "run": {"dir": str(run)}},
+        "backbone": {"name": source.name, "options": source.options},
+        "contract": source.contract.model_dump(mode="json"),
+        "versions": {"torch": torch.__version__},
+    }
+    run.mkdir()
+    save(run, 7, tensors, state, keep=1, permanent_every=None)
+    return run
 
 
 def write_shards(

@@ -1,0 +1,165 @@
+"""A folder or a zip of images, sorted by class or flat: `EuroSAT_RGB/<Class>/<file>.jpg`. Zips are read where they lie."""
+
+import hashlib
+import io
+import stat
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from swath.shards.bands import Band, InputContract, Normalisation
+from swath.shards.codec import DecodeError, decode, describe, encode_npy
+from swath.shards.errors import InputError
+from swath.shards.sources.source import Item, Sample
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+MAX_BYTES = 1 << 28  # of one file: far beyond any chip
+MAX_RATIO = 200  # a deflated image hardly shrinks; what does by more than this is a bomb
+
+
+class Images:
+    """Class = folder below the class root, nested ones joined by '/'; files directly in the root have none.
+
+    The class root is where paths stop being all alike: a lone top folder as in published zips is not a class.
+    """
+
+    kind = "images"
+
+    def __init__(
+        self, source: Path, bands: tuple[str, ...] | None = None, sensor: str | None = None, level: str | None = None
+    ) -> None:
+        self.source, self.dataset = source, source.stem if source.is_file() else source.resolve().name
+        self._zip = _open_zip(source) if source.is_file() else None
+        sizes = _zip_members(source, self._zip) if self._zip else _folder_files(source)
+        names = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
+        if not names:
+            raise InputError(f"{source} holds no images ({', '.join(EXTENSIONS)}); name the folder that does")
+        self.fingerprint = hashlib.sha256(repr([(n, sizes[n]) for n in names]).encode()).hexdigest()
+        depth = _root_depth(names)
+        self.items = [self._item(name, depth) for name in names]
+        self.classes = tuple(sorted({item.label for item in self.items if item.label is not None}))
+        self._first, first = self._first_readable()
+        self._shape = (first.shape[0], str(first.dtype))
+        self.contract = _contract(first, bands, sensor, level)
+
+    def read(self, item: Item) -> Sample:
+        data, pixels = self._decode(item)
+        if (pixels.shape[0], str(pixels.dtype)) != self._shape:
+            raise InputError(
+                f"images differ: {self._first} has {self._shape[0]} band(s) of {self._shape[1]}, "
+                f"{item.place} has {describe(pixels)}; make shards from one kind at a time"
+            )
+        extension = PurePosixPath(item.place).suffix.lower().lstrip(".")
+        if extension in ("tif", "tiff"):
+            data, extension = _reencode(pixels)
+        return Sample(pixels, data, "jpg" if extension == "jpeg" else extension, label=item.label, meta={"source": item.place})
+
+    def _decode(self, item: Item) -> tuple[bytes, np.ndarray]:
+        data = self._bytes(item.place)
+        jpeg = item.place.lower().endswith((".jpg", ".jpeg"))
+        return data, decode(data, "jpg" if jpeg else "png")
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            if self._zip is not None:
+                return self._zip.read(name)
+            path = self.source / name
+            if path.stat().st_size > MAX_BYTES:
+                raise DecodeError(f"{path.stat().st_size} bytes are beyond the limit of {MAX_BYTES}")
+            return path.read_bytes()
+        except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+            raise DecodeError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    @staticmethod
+    def _item(name: str, depth: int) -> Item:
+        inner = PurePosixPath(*PurePosixPath(name).parts[depth:])
+        label = None if len(inner.parts) == 1 else str(inner.parent)
+        return Item(key=str(inner.with_suffix("")), lookup=name, label=label, place=name)
+
+    def _first_readable(self) -> tuple[str, np.ndarray]:
+        """What all others must look like; bad files before it are found and listed when their turn comes."""
+        reason = ""
+        for item in self.items:
+            try:
+                return item.place, self._decode(item)[1]
+            except DecodeError as error:
+                reason = reason or f"{item.place}: {error}"
+        raise InputError(f"none of the {len(self.items)} images in {self.source} can be decoded ({reason})")
+
+
+def _contract(first: np.ndarray, bands: tuple[str, ...] | None, sensor: str | None, level: str | None) -> InputContract:
+    count = len(first)
+    names = bands or {3: ("red", "green", "blue"), 1: ("grey",)}.get(count)
+    if names is None or len(names) != count:
+        given = f"--bands names {len(bands)}" if bands else "their names are not known"
+        raise InputError(f"images have {count} bands and {given}; give --bands with {count} names")
+    none = tuple(0.0 for _ in names)
+    return InputContract(
+        modality="rgb" if count == 3 else "image", sensor=sensor or "unknown", level=level or "unknown",
+        unit="digital number", dtype=str(first.dtype),
+        bands=tuple(Band(name=n, common_name=n if n in ("red", "green", "blue") else None) for n in names),
+        normalisation=Normalisation(mean=none, std=none, pixels=tuple(0 for _ in names)),
+    )  # fmt: skip
+
+
+def _reencode(pixels: np.ndarray) -> tuple[bytes, str]:
+    """PNG where it can hold the pixels, else NPY."""
+    if pixels.dtype != np.uint8 or len(pixels) not in (1, 3):
+        return encode_npy(pixels), "npy"
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(np.moveaxis(pixels, 0, 2)))
+    image.save(buffer, "PNG")
+    return buffer.getvalue(), "png"
+
+
+def _root_depth(names: list[str]) -> int:
+    """How many leading folders all names share, keeping at least one folder as the class."""
+    parts = [PurePosixPath(name).parts for name in names]
+    depth = 0
+    while all(len(p) > depth + 2 and p[depth] == parts[0][depth] for p in parts):
+        depth += 1
+    return depth
+
+
+def _folder_files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Relative path → (bytes, mtime). Links are not followed out of the folder; hidden files are not data."""
+    found = {}
+    for path in folder.rglob("*"):
+        inner = path.relative_to(folder)
+        if path.is_symlink() or not path.is_file() or any(p.startswith(".") for p in inner.parts):
+            continue
+        status = path.stat()
+        found[inner.as_posix()] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is neither a folder nor a zip that can be read ({error})") from None
+
+
+def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, tuple[int, ...]]:
+    """Name → (bytes, CRC-32) of the regular files; InputError for an archive that tries something."""
+    found: dict[str, tuple[int, ...]] = {}
+    for info in archive.infolist():
+        name = PurePosixPath(info.filename)
+        trouble = None
+        if name.is_absolute() or ".." in name.parts or "\\" in info.filename or info.filename[1:2] == ":":
+            trouble = "has a path that leads outside"
+        elif stat.S_ISLNK(info.external_attr >> 16):
+            trouble = "is a link"
+        elif info.flag_bits & 1:
+            trouble = "is encrypted"
+        elif info.file_size > MAX_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1 << 12):
+            trouble = f"declares {info.file_size} bytes from {info.compress_size}, beyond the limits"
+        elif info.filename in found:
+            trouble = "is there twice"
+        if trouble:
+            raise InputError(f"{path}: member {info.filename!r} {trouble}; nothing was read")
+        if not info.is_dir() and not any(p.startswith((".", "__MACOSX")) for p in name.parts):
+            found[info.filename] = (info.file_size, info.CRC)
+    return found

@@ -1,0 +1,168 @@
+"""A run killed at any moment and started again is the uninterrupted run, bit for bit (one machine, threads, precision)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from swath.pretrain.checkpoint import find_latest, read_checkpoint
+from tests.shard_folders import make_shards
+
+RECIPE = """
+run: {dir: unset, seed: 5}
+data: {train: unset, augment: {crop: [0.5, 1.0], flip: both, quarter_turns: true}}
+backbone: {name: vit_tiny_patch8, width: 96, depth: 3}
+objective: {name: mae, decoder_width: 48, decoder_depth: 1, decoder_heads: 3}
+train: {global_batch: 16, micro_batch: 8, max_steps: 60, lr_per_256: 1.0e-2, warmup_epochs: 4, precision: fp32, threads: 1}
+checkpoint: {every: 4}
+health: {every: 25, samples: 16}
+"""
+
+
+def command(folder: Path, run: str, *overrides: str) -> list[str]:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    given = [f"run.dir={folder / run}", f"data.train={folder / 'shards'}", *overrides]
+    return [sys.executable, "-m", "swath.launch.cli", "pretrain", str(recipe), *given]
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "every step once, in order"
+    return [row["loss"] for row in rows]
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards and one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_shards(folder / "shards", samples=50)
+    subprocess.run(command(folder, "whole"), check=True, capture_output=True)
+    return folder
+
+
+def wait_until(what: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():  # type: ignore[operator]
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.001)
+
+
+def test_killed_and_continued(finished: Path) -> None:
+    """Before the first checkpoint, in the middle of steps, and during a save."""
+    run = finished / "killed"
+    saving = run / "checkpoints"
+    moments = [
+        lambda: lines(run) >= 2,
+        lambda: lines(run) >= 17,
+        lambda: lines(run) >= 30 and any(saving.glob(".*.partial")),
+    ]
+    for moment in moments:
+        process = subprocess.Popen(command(finished, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(finished, "killed"), check=True, capture_output=True)
+    assert losses(run) == losses(finished / "whole")
+    _, expected = read_checkpoint(finished / "whole")
+    _, got = read_checkpoint(run)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_signal_saves_and_says_so(finished: Path) -> None:
+    """SIGTERM ends with exit code 85 and a checkpoint of the step in hand; the run then continues to the same end."""
+    run = finished / "asked"
+    process = subprocess.Popen(command(finished, "asked"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_until(lambda: lines(run) >= 9, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 85 and b"the same command continues it" in out
+    latest = find_latest(run)
+    assert latest is not None and int(latest.name[5:]) == lines(run)
+    subprocess.run(command(finished, "asked"), check=True, capture_output=True)
+    assert losses(run) == losses(finished / "whole")
+
+
+def test_damaged_checkpoint_falls_back(finished: Path) -> None:
+    """A flipped byte is found by its checksum; the checkpoint before is used, and the run ends in the same losses."""
+    run = finished / "damaged"
+    shutil.copytree(finished / "whole", run)
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    file = next(newest.glob("tensors/*.distcp"))
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    shutil.copy(run / "recipe.yaml", finished / "again.yaml")
+    again = [sys.executable, "-m", "swath.launch.cli", "pretrain", str(finished / "again.yaml")]
+    # the stored recipe is itself a recipe; only the folder differs, so the run is told apart by its own dir
+    text = (finished / "again.yaml").read_text().replace(str(finished / "whole"), str(run))
+    (finished / "again.yaml").write_text(text)
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(finished / "whole"), str(run)))
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged" in done.stderr and "checksum" in done.stderr
+    assert losses(run) == losses(finished / "whole")
+
+
+def test_second_owner_is_refused(finished: Path) -> None:
+    process = subprocess.Popen(command(finished, "owned"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: lines(finished / "owned") >= 1, process)
+        second = subprocess.run(command(finished, "owned"), capture_output=True, text=True, check=False)
+        assert second.returncode == 2 and f"owned by process {process.pid}" in second.stderr
+        assert "Traceback" not in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr_per_256=0.5", "train.lr_per_256: 0.01 in the run, 0.5 now"),
+        ("run.seed=6", "run.seed: 5 in the run, 6 now"),
+        ("backbone.depth=4", "backbone.depth: 3 in the run, 4 now"),
+    ],
+)
+def test_other_configuration_is_refused_with_a_diff(finished: Path, override: str, message: str) -> None:
+    done = subprocess.run(command(finished, "whole", override), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_length_micro_batch_and_checkpoints_may_change(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "whole", finished / "longer")
+    overrides = ["train.max_steps=62", "train.micro_batch=16", "checkpoint.every=50"]
+    text = (finished / "longer" / "recipe.yaml").read_text().replace(str(finished / "whole"), str(finished / "longer"))
+    (finished / "longer" / "recipe.yaml").write_text(text)
+    done = subprocess.run(command(finished, "longer", *overrides), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert losses(finished / "longer")[:60] == losses(finished / "whole") and lines(finished / "longer") == 62
+
+
+def test_other_data_are_refused(finished: Path) -> None:
+    from tests.shard_folders import RGB
+
+    shutil.copytree(finished / "whole", finished / "elsewhere")
+    text = (finished / "elsewhere" / "recipe.yaml").read_text().replace(str(finished / "whole"), str(finished / "elsewhere"))
+    (finished / "elsewhere" / "recipe.yaml").write_text(text)
+    os.rename(finished / "shards", finished / "kept")
+    try:
+        make_shards(finished / "shards", samples=50, bands=RGB[::-1])
+        done = subprocess.run(command(finished, "elsewhere"), capture_output=True, text=True, check=False)
+    finally:
+        shutil.rmtree(finished / "shards")
+        os.rename(finished / "kept", finished / "shards")
+    assert done.returncode == 2 and "band 1: red | blue" in done.stderr and "Traceback" not in done.stderr
