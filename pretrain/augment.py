@@ -12,19 +12,22 @@ from swath.shards.prepare import View
 _TRIES = 10
 
 
-def view(augment: Augment, draw: Draws, size_b2: Tensor) -> View | None:
-    """What to take of each chip of `size_b2` rows and columns; None when nothing is asked for."""
-    if augment == Augment(flip="none"):
-        return None
-    whole = View.whole(size_b2)
-    flips_b2 = draw.uniform("flip", 2) < 0.5
-    never = torch.zeros_like(flips_b2[:, 0])
-    return View(
-        box=whole.box if augment.crop is None else _crop(augment, draw, size_b2),
-        flip_rows=flips_b2[:, 1] if augment.flip == "both" else never,
-        flip_columns=never if augment.flip == "none" else flips_b2[:, 0],
-        turns=(draw.uniform("turn", 1)[:, 0] * 4).long() if augment.quarter_turns else None,
-    )
+def view(augment: Augment, draw: Draws, size_b2: Tensor) -> View:
+    """What to take of each chip of `size_b2` rows and columns."""
+    made = View(box=None if augment.crop is None else _crop(augment, draw, size_b2))
+    if augment.flip != "none":
+        flips_b2 = draw.uniform("flip", 2) < 0.5
+        made.flip_columns = flips_b2[:, 0]
+        made.flip_rows = flips_b2[:, 1] if augment.flip == "both" else None
+    if augment.quarter_turns:
+        # a quarter turn is a transposition and then a flip of the rows, a half turn is both flips
+        turns_b = (draw.uniform("turn", 1)[:, 0] * 4).long()
+        never = torch.zeros_like(turns_b, dtype=torch.bool)
+        rows_b, columns_b = (never if f is None else f for f in (made.flip_rows, made.flip_columns))
+        made.transpose = turns_b % 2 == 1
+        made.flip_rows = torch.where(made.transpose, columns_b, rows_b) ^ ((turns_b == 1) | (turns_b == 2))
+        made.flip_columns = torch.where(made.transpose, rows_b, columns_b) ^ (turns_b >= 2)
+    return made
 
 
 def _crop(augment: Augment, draw: Draws, size_b2: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From stored chips to what a backbone sees: decode, normalise, crop, flip and resize, batched and on the chips' device.
 
-Resizing is two matrix products with weights made per sample, so crops of different boxes and sizes are one call, filters
-are anti-aliased when shrinking, and a flip is a reversed matrix. Letters: b sample, c band, h w in, y x out.
+Resizing is two matrix products with weights made per sample, so crops of different boxes and sizes are one call, and filters
+are anti-aliased when shrinking. Letters: b sample, c band, h w in, y x out.
 """
 
 from dataclasses import dataclass, field
@@ -30,18 +30,13 @@ class Batch:
 
 @dataclass
 class View:
-    """What part of each chip to take: `box` (B, 4) float64 top, left, height, width in pixels; flips (B,) bool;
-    `turns` (B,) int64 quarter turns, for square results, or None."""
+    """What to take of each chip: the `box` (B, 4) float64 top, left, height, width in pixels, resized to the result, then
+    transposed, then flipped where `transpose`, `flip_rows`, `flip_columns` (B,) bool say so. None: the whole, no sample."""
 
-    box: Tensor
-    flip_rows: Tensor
-    flip_columns: Tensor
-    turns: Tensor | None = None
-
-    @classmethod
-    def whole(cls, size_b2: Tensor) -> "View":
-        no = torch.zeros(len(size_b2), dtype=torch.bool, device=size_b2.device)
-        return cls(torch.cat([torch.zeros_like(size_b2), size_b2], dim=1).double(), no, no)
+    box: Tensor | None = None
+    transpose: Tensor | None = None
+    flip_rows: Tensor | None = None
+    flip_columns: Tensor | None = None
 
 
 def prepare(chips: Chips, contract: InputContract, size: tuple[int, int], view: View | None = None) -> Batch:
@@ -63,9 +58,13 @@ def prepare(chips: Chips, contract: InputContract, size: tuple[int, int], view: 
     x_bchw = stored_bchw * factor_bc + shift_bc
     if valid_b1hw is not None:
         x_bchw = torch.where(valid_b1hw, x_bchw, 0.0)
-    if view is not None or tuple(x_bchw.shape[2:]) != size or chips.valid is not None:
-        view = view or View.whole(chips.size)
-        x_bchw, valid_b1hw = _resample(x_bchw, valid_b1hw, chips.size, view, size)
+    view = view or View()
+    if view.box is not None or tuple(x_bchw.shape[2:]) != size or chips.valid is not None:
+        whole = torch.cat([torch.zeros_like(chips.size), chips.size], dim=1).double()
+        x_bchw, valid_b1hw = _resample(x_bchw, valid_b1hw, chips.size, whole if view.box is None else view.box, size)
+    x_bchw = _turn(x_bchw, view)
+    if valid_b1hw is not None:
+        valid_b1hw = _turn(valid_b1hw, view)
     return Batch(
         images={contract.modality: x_bchw},
         valid={} if valid_b1hw is None else {contract.modality: valid_b1hw},
@@ -88,42 +87,39 @@ def _valid(chips: Chips, stored_bchw: Tensor, contract: InputContract) -> Tensor
 
 
 def _resample(
-    x_bchw: Tensor, valid_b1hw: Tensor | None, size_b2: Tensor, view: View, out: tuple[int, int]
+    x_bchw: Tensor, valid_b1hw: Tensor | None, size_b2: Tensor, box_b4: Tensor, out: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
     """Bilinear with anti-aliasing on valid pixels only; validity by nearest neighbour."""
-    top, left, height, width = view.box.unbind(1)
-    rows_byh = _weights(top, height, size_b2[:, 0], x_bchw.shape[2], out[0], view.flip_rows)
-    columns_bxw = _weights(left, width, size_b2[:, 1], x_bchw.shape[3], out[1], view.flip_columns)
+    top, left, height, width = box_b4.unbind(1)
+    rows_byh = _weights(top, height, size_b2[:, 0], x_bchw.shape[2], out[0])
+    columns_bxw = _weights(left, width, size_b2[:, 1], x_bchw.shape[3], out[1])
 
     def apply(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return rows[:, None] @ values @ columns[:, None].transpose(2, 3)
 
     made_bcyx = apply(x_bchw, rows_byh, columns_bxw)
-    made_valid = None
-    if valid_b1hw is not None:
-        near_rows = F.one_hot(rows_byh.argmax(2), rows_byh.shape[2]).float()
-        near_columns = F.one_hot(columns_bxw.argmax(2), columns_bxw.shape[2]).float()
-        share = apply(valid_b1hw.float(), rows_byh, columns_bxw)
-        made_valid = (apply(valid_b1hw.float(), near_rows, near_columns) > 0.5) & (share > 0)
-        made_bcyx = torch.where(made_valid, made_bcyx / share.clamp_min(1e-6), 0.0)
-    made_bcyx = _turn(made_bcyx, view.turns)
-    return made_bcyx, None if made_valid is None else _turn(made_valid, view.turns)
+    if valid_b1hw is None:
+        return made_bcyx, None
+    near_rows = F.one_hot(rows_byh.argmax(2), rows_byh.shape[2]).float()
+    near_columns = F.one_hot(columns_bxw.argmax(2), columns_bxw.shape[2]).float()
+    share = apply(valid_b1hw.float(), rows_byh, columns_bxw)
+    made_valid = (apply(valid_b1hw.float(), near_rows, near_columns) > 0.5) & (share > 0)
+    return torch.where(made_valid, made_bcyx / share.clamp_min(1e-6), 0.0), made_valid
 
 
-def _turn(x_bchw: Tensor, turns_b: Tensor | None) -> Tensor:
-    """Each sample by its own number of quarter turns; height and width must be equal."""
-    if turns_b is None:
-        return x_bchw
-    if x_bchw.shape[2] != x_bchw.shape[3]:
-        raise InputError(f"quarter turns need square crops, not {x_bchw.shape[2]}×{x_bchw.shape[3]}")
-    pick = turns_b[:, None, None, None]
-    turned = x_bchw
-    for quarter in (1, 2, 3):
-        turned = torch.where(pick == quarter, torch.rot90(x_bchw, quarter, (2, 3)), turned)
-    return turned
+def _turn(x_bchw: Tensor, view: View) -> Tensor:
+    """Transpose and flip each sample that asks for it."""
+    if view.transpose is not None:
+        if x_bchw.shape[2] != x_bchw.shape[3]:
+            raise InputError(f"quarter turns need square images, not {x_bchw.shape[2]}×{x_bchw.shape[3]}")
+        x_bchw = torch.where(view.transpose[:, None, None, None], x_bchw.transpose(2, 3), x_bchw)
+    for flip_b, axis in ((view.flip_rows, 2), (view.flip_columns, 3)):
+        if flip_b is not None:
+            x_bchw = torch.where(flip_b[:, None, None, None], x_bchw.flip(axis), x_bchw)
+    return x_bchw
 
 
-def _weights(start_b: Tensor, length_b: Tensor, limit_b: Tensor, size: int, out: int, flip_b: Tensor) -> Tensor:
+def _weights(start_b: Tensor, length_b: Tensor, limit_b: Tensor, size: int, out: int) -> Tensor:
     """(B, out, size) float32 rows that sum to 1: a triangle filter, as wide as an output pixel when shrinking."""
     step = length_b / out
     reach = step.clamp_min(1.0)[:, None, None]
@@ -135,5 +131,4 @@ def _weights(start_b: Tensor, length_b: Tensor, limit_b: Tensor, size: int, out:
     centre = torch.minimum(centre.clamp_min(0), limit)
     weights = (1 - (source - centre[..., None]).abs() / reach).clamp_min(0)
     weights = weights * (source <= limit)[:, None]
-    weights = weights / weights.sum(dim=2, keepdim=True)
-    return torch.where(flip_b[:, None, None], weights.flip(1), weights).float()
+    return (weights / weights.sum(dim=2, keepdim=True)).float()

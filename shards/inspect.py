@@ -1,0 +1,76 @@
+"""`swath inspect`: what a folder of shards holds, as text and as a contact sheet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from swath.shards.bands import InputContract
+from swath.shards.files import disk_errors
+from swath.shards.reader import ShardReader
+
+SIDE, CELL = 8, 96  # samples per row and column, pixels per sample
+
+
+@dataclass(frozen=True)
+class Report:
+    """`text` for the terminal; `sheet` is where the picture was written."""
+
+    text: str
+    sheet: Path | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def inspect(folder: Path, sheet: Path | None = None) -> Report:
+    """Describe `folder`, and write 8×8 of its samples to `sheet` (by default contact_sheet.png inside it)."""
+    reader = ShardReader(folder)
+    manifest, contract = reader.manifest, reader.contract
+    size = f"{contract.height}×{contract.width}" if contract.height else "of several sizes"
+    lines = [
+        f"{manifest.dataset}: {manifest.samples} samples {size}, {contract.sensor} {contract.level}, {contract.unit}, "
+        f"stored as {contract.dtype}, nodata {contract.nodata}",
+        f"{'band':<12}{'nm':>9}{'gsd m':>9}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
+    ]
+    norm = contract.normalisation
+    for row, band in enumerate(contract.bands):
+        known = "".join("        –" if v is None else f"{v:9g}" for v in (band.wavelength_nm, band.gsd_m))
+        values = (norm.mean, norm.std, norm.minimum, norm.maximum)
+        lines.append(f"{band.name:<12}{known}" + "".join(f"{v[row]:12.5g}" if v else f"{'–':>12}" for v in values))
+    counts = np.bincount(reader.labels + 1, minlength=len(manifest.classes) + 1)
+    lines += [f"class {name}: {count}" for name, count in zip(("(none)", *manifest.classes), counts, strict=False) if count]
+    lines += [f"{s.name}: {s.samples} samples, {s.bytes} bytes" for s in manifest.shards]
+    lines.append(f"{sum(s.bytes for s in manifest.shards)} bytes in {len(manifest.shards)} shards")
+    lines.append(f"{len(manifest.skipped)} could not be decoded")
+    lines += [f"  {key}: {reason}" for key, reason in manifest.skipped[:10]]
+    place = sheet or folder / "contact_sheet.png"
+    with disk_errors("writing the contact sheet", place.parent):
+        _sheet(reader).save(place)
+    return Report("\n".join(lines), place)
+
+
+def _sheet(reader: ShardReader) -> Image.Image:
+    """Samples spread evenly over the folder, stretched together between their 2nd and 98th percentile."""
+    numbers = np.unique(np.linspace(0, len(reader) - 1, SIDE * SIDE).round().astype(int))
+    bands = _picture_bands(reader.contract)
+    arrays = [reader.pixels(int(n))[bands].astype(np.float64) for n in numbers]
+    rows = reader.index.members[numbers, 0]
+    arrays = [a * float(r["scale"]) + float(r["add"]) for a, r in zip(arrays, rows, strict=True)]
+    flat = np.concatenate([a.reshape(3, -1) for a in arrays], axis=1)
+    low, high = np.nanpercentile(np.where(np.isfinite(flat), flat, np.nan), (2, 98), axis=1)[..., None, None]
+    sheet = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
+    for place, array in enumerate(arrays):
+        shown = np.nan_to_num(np.clip((array - low) / np.maximum(high - low, 1e-12), 0, 1))
+        image = Image.fromarray((255 * np.moveaxis(shown, 0, 2)).astype(np.uint8)).resize((CELL, CELL), Image.Resampling.BILINEAR)
+        sheet.paste(image, (place % SIDE * CELL, place // SIDE * CELL))
+    return sheet
+
+
+def _picture_bands(contract: InputContract) -> list[int]:
+    """Red, green, blue by common name; else the first bands, the last one repeated where there are fewer."""
+    common = [band.common_name for band in contract.bands]
+    if all(colour in common for colour in ("red", "green", "blue")):
+        return [common.index(colour) for colour in ("red", "green", "blue")]
+    return [min(n, len(common) - 1) for n in range(3)]
