@@ -146,9 +146,7 @@ class ViT(Backbone):
         side = config.image_size // config.patch
         if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, side * side, config.width))
-        self.blocks = nn.ModuleList(
-            [Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
-        )
+        self.blocks = nn.ModuleList([Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, eps=EPS)
         init_weights(self)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -176,9 +174,7 @@ class ViT(Backbone):
         """(rows · columns, D) positions, interpolated to the grid of `image_size` where the grid is another one."""
         side = self.config.image_size // self.config.patch
         if self.config.positions == "sincos":
-            row, column = (
-                (torch.arange(n, dtype=torch.float64, device=device) + 0.5) * side / n - 0.5 for n in (rows, columns)
-            )
+            row, column = ((torch.arange(n, dtype=torch.float64, device=device) + 0.5) * side / n - 0.5 for n in (rows, columns))
             return sincos_grid(self.width, row, column).float()
         if (rows, columns) == (side, side):
             return self.pos_embed[0]

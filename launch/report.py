@@ -1,4 +1,4 @@
-"""report.html: one self-contained page per run, with curves, throughput, reconstructions, health, probes and the configuration."""
+"""report.html: one self-contained page per run: curves, throughput, reconstructions, health, probes, the configuration."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ def write_report(run: Path) -> Path:
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         _summary(run, metrics, health),
-        _warnings(run, metrics, health),
+        _warnings(health),
         _curves(metrics, health),
         _pictures(run),
         _health_table(health),
@@ -53,7 +53,8 @@ def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
         return f"<td{' class=n' if number else ''}>{html.escape(_number(value) if number else str(value))}</td>"
 
     top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    return f"<table>{'<tr>' + top + '</tr>' if top else ''}{''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in rows)}</table>"
+    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
+    return f"<table>{'<tr>' + top + '</tr>' if top else ''}{body}</table>"
 
 
 def _number(value: float) -> str:
@@ -63,7 +64,7 @@ def _number(value: float) -> str:
 def _summary(run: Path, metrics: list[dict[str, Any]], health: list[dict[str, Any]]) -> str:
     if not metrics:
         return "<p>No step has been done yet.</p>"
-    last = metrics[-1]
+    last, seconds = metrics[-1], sum(row["seconds"] for row in metrics)
     recent = [row["samples_per_second"] for row in metrics[-50:]]
     rows: list[tuple[str, Any]] = [
         ("steps", last["step"]),
@@ -71,20 +72,21 @@ def _summary(run: Path, metrics: list[dict[str, Any]], health: list[dict[str, An
         ("epochs", round(last["epoch"], 2)),
         ("loss", last["loss"] if last["loss"] is not None else "not finite"),
         ("samples per second (median of the last 50 steps)", sorted(recent)[len(recent) // 2]),
-        ("hours of steps", sum(row["seconds"] for row in metrics) / 3600),
-        ("share of time waiting for data", sum(r["data_wait"] * r["seconds"] for r in metrics) / sum(r["seconds"] for r in metrics)),
+        ("hours of steps", seconds / 3600),
+        ("share of time waiting for data", sum(r["data_wait"] * r["seconds"] for r in metrics) / seconds),
         ("share of the machine's measured peak (MFU)", last["mfu"]),
         ("steps skipped as not finite", sum(row["skipped"] for row in metrics)),
     ]
     if health and health[-1]["loss"] is not None:
-        rows.append(("loss on held-out samples" if health[-1]["held_out"] else "loss on fixed training samples", health[-1]["loss"]))
+        on = "held-out" if health[-1]["held_out"] else "fixed training"
+        rows.append((f"loss on {on} samples", health[-1]["loss"]))
     for path in sorted((run / "probes").glob("*.json")):
         result = json.loads(path.read_text())
         rows.append((f"{result['task']} probe accuracy", result["accuracy"]))
     return _table(rows)
 
 
-def _warnings(run: Path, metrics: list[dict[str, Any]], health: list[dict[str, Any]]) -> str:
+def _warnings(health: list[dict[str, Any]]) -> str:
     signs = sorted({sign for row in health for sign in row.get("warnings", [])})
     return "".join(f"<p class=warn>{html.escape(sign)}</p>" for sign in signs)
 
@@ -95,7 +97,7 @@ def _curves(metrics: list[dict[str, Any]], health: list[dict[str, Any]]) -> str:
     steps = [row["step"] for row in metrics]
     looks = [row["step"] for row in health]
     panels = [
-        ("loss", [(steps, [row["loss"] for row in metrics], "training"), (looks, [row["loss"] for row in health], "fixed samples")]),
+        ("loss", [(steps, [r["loss"] for r in metrics], "training"), (looks, [r["loss"] for r in health], "fixed samples")]),
         ("learning rate", [(steps, [row["lr"] for row in metrics], "")]),
         ("gradient norm", [(steps, [row["grad_norm"] for row in metrics], "")]),
         ("samples per second", [(steps, [row["samples_per_second"] for row in metrics], "")]),

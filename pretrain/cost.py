@@ -14,7 +14,9 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any, **kwargs: Any) -> int:
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any, **kwargs: Any
+) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 

@@ -25,7 +25,14 @@ def contract(bands: tuple[Band, ...] = RGB, size: int = 32, dtype: str = "uint8"
 
 
 def make_shards(
-    folder: Path, *, samples: int = 40, bands: tuple[Band, ...] = RGB, size: int = 32, classes: int = 2, per_shard: int = 16, seed: int = 0
+    folder: Path,
+    *,
+    samples: int = 40,
+    bands: tuple[Band, ...] = RGB,
+    size: int = 32,
+    classes: int = 2,
+    per_shard: int = 16,
+    seed: int = 0,
 ) -> Path:
     """NPY chips whose brightness and stripes tell their class."""
     folder.mkdir(parents=True)

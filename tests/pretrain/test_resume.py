@@ -1,7 +1,6 @@
 """A run killed at any moment and started again is the uninterrupted run, bit for bit (one machine, threads, precision)."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -158,11 +157,11 @@ def test_other_data_are_refused(finished: Path) -> None:
     shutil.copytree(finished / "whole", finished / "elsewhere")
     text = (finished / "elsewhere" / "recipe.yaml").read_text().replace(str(finished / "whole"), str(finished / "elsewhere"))
     (finished / "elsewhere" / "recipe.yaml").write_text(text)
-    os.rename(finished / "shards", finished / "kept")
+    (finished / "shards").rename(finished / "kept")
     try:
         make_shards(finished / "shards", samples=50, bands=RGB[::-1])
         done = subprocess.run(command(finished, "elsewhere"), capture_output=True, text=True, check=False)
     finally:
         shutil.rmtree(finished / "shards")
-        os.rename(finished / "kept", finished / "shards")
+        (finished / "kept").rename(finished / "shards")
     assert done.returncode == 2 and "band 1: red | blue" in done.stderr and "Traceback" not in done.stderr
