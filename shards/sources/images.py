@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import lzma
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import DecodeError, decode, describe, encode_npy
 from swath.shards.errors import InputError
+from swath.shards.sources.folder import TIFF, Files, files_below
 from swath.shards.sources.source import Item, Sample
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -32,7 +35,12 @@ class Images:
     ) -> None:
         self.source, self.dataset = source, source.stem if source.is_file() else source.resolve().name
         self._zip = _open_zip(source) if source.is_file() else None
-        sizes = _zip_members(source, self._zip) if self._zip else _folder_files(source)
+        self.notes: tuple[str, ...] = ()
+        if self._zip is not None:
+            sizes = _zip_members(source, self._zip)
+        else:
+            files = files_below(source)
+            sizes, self.notes = _stated(files, source), files.notes
         names = sorted(name for name in sizes if name.lower().endswith(EXTENSIONS))
         if not names:
             raise InputError(f"{source} holds no images ({', '.join(EXTENSIONS)}); name the folder that does")
@@ -69,7 +77,7 @@ class Images:
             if path.stat().st_size > MAX_BYTES:
                 raise DecodeError(f"{path.stat().st_size} bytes are beyond the limit of {MAX_BYTES}")
             return path.read_bytes()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DecodeError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
     @staticmethod
@@ -86,7 +94,8 @@ class Images:
                 return item.place, self._decode(item)[1]
             except DecodeError as error:
                 reason = reason or f"{item.place}: {error}"
-        raise InputError(f"none of the {len(self.items)} images in {self.source} can be decoded ({reason})")
+        hint = "; scenes in a zip must be unpacked first" if self._zip and self.items[0].place.lower().endswith(TIFF) else ""
+        raise InputError(f"none of the {len(self.items)} images in {self.source} can be decoded ({reason}){hint}")
 
 
 def _contract(first: np.ndarray, bands: tuple[str, ...] | None, sensor: str | None, level: str | None) -> InputContract:
@@ -123,16 +132,10 @@ def _root_depth(names: list[str]) -> int:
     return depth
 
 
-def _folder_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Relative path → (bytes, mtime). Links are not followed out of the folder; hidden files are not data."""
-    found = {}
-    for path in folder.rglob("*"):
-        inner = path.relative_to(folder)
-        if path.is_symlink() or not path.is_file() or any(p.startswith(".") for p in inner.parts):
-            continue
-        status = path.stat()
-        found[inner.as_posix()] = (status.st_size, status.st_mtime_ns)
-    return found
+def _stated(files: Files, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Relative path → (bytes, mtime)."""
+    status = {path.relative_to(folder).as_posix(): path.stat() for path in files.of(*EXTENSIONS)}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in status.items()}
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
