@@ -21,7 +21,7 @@ import torch
 from swath.pretrain.config import read_recipe
 from swath.pretrain.record import read_lines
 from swath.pretrain.trainer import pretrain
-from swath.probes.run import probe
+from swath.probes.run import TASKS, probes
 from swath.shards.ingest import shard
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -37,12 +37,11 @@ def trained(recipe: str, run: Path, shards: Path, overrides: list[str]) -> dict[
     rows = read_lines(run / "metrics.jsonl")
     seconds = sum(row["seconds"] for row in rows)
     made: dict[str, Any] = {"minutes_of_steps": round(seconds / 60, 1), "images_per_second": round(rows[-1]["samples"] / seconds)}
-    for task in ("knn", "linear"):
-        stored = run / "probes" / f"{task}.json"
-        if stored.exists():
-            result = json.loads(stored.read_text())
-        else:
-            result = probe(task, run, shards / "train", shards / "test", val=shards / "val")
+    stored = [run / "probes" / f"{task}.json" for task in TASKS]
+    if not all(path.exists() for path in stored):
+        probes(TASKS, run, shards / "train", shards / "test", val=shards / "val")
+    for task, path in zip(TASKS, stored, strict=True):
+        result = json.loads(path.read_text())
         made[task] = {"accuracy": round(result["accuracy"], 4), "block_bootstrap_95": [round(x, 4) for x in result["interval"]]}
     return made
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from swath.hub.export import export
 from swath.launch.recipes import find
@@ -12,7 +11,7 @@ from swath.pretrain.config import read_recipe
 from swath.pretrain.trainer import pretrain
 from swath.probes.features import match_classes
 from swath.probes.linear import linear
-from swath.probes.run import probe
+from swath.probes.run import probes
 from swath.probes.statistics import colour_statistics
 from swath.shards.errors import InputError
 from swath.shards.ingest import shard
@@ -43,7 +42,7 @@ def demo(out: Path) -> int:
         raise InputError("the demo was asked to stop; the same command continues it")
 
     _say("probing the frozen backbone for land cover", started)
-    rows: list[tuple[str, dict[str, Any]]] = [(task, probe(task, run, train, test, progress=False)) for task in ("knn", "linear")]
+    rows = probes(["knn", "linear"], run, train, test, progress=False)
     fitted = colour_statistics(ShardReader(train))
     colour = linear(fitted, match_classes(fitted, colour_statistics(ShardReader(test))))
 
@@ -53,9 +52,9 @@ def demo(out: Path) -> int:
     report = write_report(run)
     _say("done", started)
     print("\nland cover of scenes that it has not seen, accuracy of a probe on frozen features:")
-    for task, probed in rows:
+    for probed in rows:
         low, high = probed["interval"]
-        print(f"  {task:34} {probed['accuracy']:.3f}  ({low:.3f} to {high:.3f})")
+        print(f"  {probed['task']:34} {probed['accuracy']:.3f}  ({low:.3f} to {high:.3f})")
     low, high = colour.interval
     print(f"  {'linear, on band means and deviations':34} {colour.accuracy:.3f}  ({low:.3f} to {high:.3f})")
     print(f"\nexported backbone: {exported}\nreport: {report}")

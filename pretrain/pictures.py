@@ -25,8 +25,9 @@ def sheet(images: dict[str, Tensor], bands: Sequence[Band], path: Path, *, sampl
     """One row per sample, one column per image; each row shares the stretch of its first image's 2 to 98 percentiles."""
     pick = display_bands(bands)
     columns = [image[:samples, pick].float().cpu() for image in images.values()]
-    first = columns[0].flatten(2)
-    low, high = (torch.nanquantile(first, q, dim=2)[..., None, None] for q in (0.02, 0.98))
+    # bands are standardised already, so one stretch for the three keeps the colours
+    first = columns[0].flatten(1)
+    low, high = (torch.nanquantile(first, q, dim=1)[:, None, None, None] for q in (0.02, 0.98))
     gap, rows = 4, len(columns[0])
     scale = max(1, zoom_to // columns[0].shape[-1])
     height, width = (side * scale for side in columns[0].shape[2:])

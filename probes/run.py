@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,8 @@ import torch
 
 import swath
 from swath.hub.card import without_paths
-from swath.hub.load import load_backbone
-from swath.probes.features import extract, match_classes, require_classes, require_contract
+from swath.hub.load import Loaded, load_backbone
+from swath.probes.features import Features, extract, match_classes, require_classes, require_contract
 from swath.probes.knn import knn
 from swath.probes.linear import linear
 from swath.probes.metrics import REPLICATES, SEED, Scores
@@ -37,20 +38,50 @@ def probe(
 
     Raises InputError for another input contract, missing labels, test classes that train lacks, a single class.
     """
-    if task not in TASKS:
-        raise InputError(f"no probe is called {task!r}; there are {', '.join(TASKS)}")
+    (result,) = probes([task], backbone, train, test, val=val, progress=progress)
+    if json_path is not None:
+        _write(result, Path(json_path))
+    return result
+
+
+def probes(
+    tasks: Sequence[Task],
+    backbone: Path | str,
+    train: Path | str,
+    test: Path | str,
+    *,
+    val: Path | str | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Several probes of the same features, which are computed once; otherwise as `probe`."""
+    for task in tasks:
+        if task not in TASKS:
+            raise InputError(f"no probe is called {task!r}; there are {', '.join(TASKS)}")
     started = time.perf_counter()
     loaded = load_backbone(backbone)
     loaded.backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    folders = {"train": train, "test": test} | ({"val": val} if val is not None and task == "linear" else {})
+    folders = {"train": train, "test": test} | ({"val": val} if val is not None and "linear" in tasks else {})
     readers = {part: ShardReader(Path(folder)) for part, folder in folders.items()}
     for reader in readers.values():  # all of them before the first long computation
         require_contract(loaded, reader)
     parts = {part: extract(loaded, reader, progress=progress) for part, reader in readers.items()}
     require_classes(parts["train"])
     parts = {part: features if part == "train" else match_classes(parts["train"], features) for part, features in parts.items()}
-    extracted = time.perf_counter()
+    extracting = time.perf_counter() - started
+    made = [_judge(task, parts, loaded, readers, extracting) for task in tasks]
+    if (Path(backbone) / "checkpoints").is_dir():  # a run: its report shows what lies there
+        for result in made:
+            _write(result, Path(backbone) / "probes" / f"{result['task']}.json")
+    return made
+
+
+def _judge(
+    task: Task, parts: dict[str, Features], loaded: Loaded, readers: dict[str, ShardReader], extracting: float
+) -> dict[str, Any]:
+    """One probe on features that are there: its scores and every setting."""
+    started = time.perf_counter()
     if task == "knn":
+        parts = {part: features for part, features in parts.items() if part != "val"}
         scores = knn(parts["train"], parts["test"])
     else:
         scores = linear(parts["train"], parts["test"], parts.get("val"))
@@ -62,16 +93,15 @@ def probe(
         **{f"n_{part}": len(features.label) for part, features in parts.items()},
         "feature_width": loaded.backbone.pooled_width,
         "unlabelled": {part: features.unlabelled for part, features in parts.items()},
-        "datasets": {part: reader.manifest.dataset for part, reader in readers.items()},
+        "datasets": {part: readers[part].manifest.dataset for part in parts},
         "bands": list(loaded.contract.names),
         "backbone": {"name": loaded.name, **_origin(loaded.origin)},
-        "seconds": {"features": extracted - started, "probe": time.perf_counter() - extracted},
+        "seconds": {"features": extracting, "probe": time.perf_counter() - started},
         "device": next(loaded.backbone.parameters()).device.type,
         "threads": torch.get_num_threads(),
         "versions": {"swath": swath.__version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
     }
-    _write(result, Path(backbone), Path(json_path) if json_path is not None else None)
     return result
 
 
@@ -92,14 +122,10 @@ def _origin(origin: dict[str, Any]) -> dict[str, Any]:
     return without_paths({key: origin[key] for key in ("step", "samples", "recipe", "versions") if key in origin})
 
 
-def _write(result: dict[str, Any], backbone: Path, json_path: Path | None) -> None:
-    targets = [json_path] if json_path is not None else []
-    if (backbone / "checkpoints").is_dir():  # a run: its report shows what lies there
-        targets.append(backbone / "probes" / f"{result['task']}.json")
-    for target in targets:
-        with disk_errors("writing the probe's result", target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, result)
+def _write(result: dict[str, Any], path: Path) -> None:
+    with disk_errors("writing the probe's result", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
 
 
 def table(result: dict[str, Any]) -> str:

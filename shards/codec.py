@@ -15,9 +15,7 @@ from swath.shards.errors import InputError
 
 # A chip, not a scene: 2^27 values are 16,384 × 8,192 single-band pixels. Declared sizes beyond it are refused unread.
 MAX_VALUES = 1 << 27
-_NPY = re.compile(
-    rb"\{'descr': '([<|=]?[uif][1248])', 'fortran_order': (False), 'shape': \(((?:\d+,? ?)*)\), ?\} *\n?$"
-)
+_NPY = re.compile(rb"\{'descr': '([<|=]?[uif][1248])', 'fortran_order': (False), 'shape': \(((?:\d+,? ?)*)\), ?\} *\n?$")
 
 
 class DecodeError(Exception):

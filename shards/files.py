@@ -45,4 +45,6 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
             raise InputError(f"no space left while {what} in {folder}; free some and run the same command again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{what} in {folder} is not permitted ({error.strerror}); choose a folder you may write") from None
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO):
+            raise InputError(f"{what} in {folder} failed ({error.strerror}: {error.filename})") from None
         raise

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -99,7 +99,7 @@ def shard(
     return manifests
 
 
-def _bar(total: int, shown: bool) -> "tqdm[None]":
+def _bar(total: int, shown: bool) -> "tqdm[NoReturn]":
     """A progress bar; where stderr is a file, a line every half minute."""
     if sys.stderr.isatty():
         return tqdm(total=total, unit="chip", desc="swath shard", disable=not shown)

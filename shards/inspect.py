@@ -8,9 +8,10 @@ from PIL import Image
 
 from swath.shards.bands import InputContract
 from swath.shards.files import disk_errors
-from swath.shards.reader import ShardReader
+from swath.shards.reader import VALID_CLEAR, ShardReader
 
 SIDE, CELL = 8, 96  # samples per row and column, pixels per sample
+DIMMED = 0.35  # brightness of what is not clear
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,34 @@ def inspect(folder: Path, sheet: Path | None = None) -> Report:
 
 
 def _sheet(reader: ShardReader) -> Image.Image:
-    """Samples spread evenly over the folder, stretched together between their 2nd and 98th percentile."""
+    """Samples spread evenly over the folder, stretched together between the 2nd and 98th percentile of their clear pixels.
+
+    Pixels that are not clear (nodata, clouds, shadows) are dimmed.
+    """
     numbers = np.unique(np.linspace(0, len(reader) - 1, SIDE * SIDE).round().astype(int))
     bands = _picture_bands(reader.contract)
-    arrays = [reader.pixels(int(n))[bands].astype(np.float64) for n in numbers]
-    rows = reader.index.members[numbers, 0]
-    arrays = [a * float(r["scale"]) + float(r["add"]) for a, r in zip(arrays, rows, strict=True)]
-    flat = np.concatenate([a.reshape(3, -1) for a in arrays], axis=1)
-    low, high = np.nanpercentile(np.where(np.isfinite(flat), flat, np.nan), (2, 98), axis=1)[..., None, None]
-    sheet = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
-    for place, array in enumerate(arrays):
-        shown = np.nan_to_num(np.clip((array - low) / np.maximum(high - low, 1e-12), 0, 1))
+    chips = [_chip(reader, int(number), bands) for number in numbers]
+    flat = np.concatenate([values[:, clear] for values, clear in chips], axis=1)
+    if not flat.shape[1]:
+        flat = np.array([[0.0, 1.0]] * 3)
+    low, high = np.percentile(flat, (2, 98), axis=1)[..., None, None]
+    columns = min(len(numbers), SIDE)
+    sheet = Image.new("RGB", (columns * CELL, -(-len(numbers) // columns) * CELL))
+    for place, (values, clear) in enumerate(chips):
+        shown = np.nan_to_num(np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)) * np.where(clear, 1, DIMMED)
         image = Image.fromarray((255 * np.moveaxis(shown, 0, 2)).astype(np.uint8)).resize((CELL, CELL), Image.Resampling.BILINEAR)
-        sheet.paste(image, (place % SIDE * CELL, place // SIDE * CELL))
+        sheet.paste(image, (place % columns * CELL, place // columns * CELL))
     return sheet
+
+
+def _chip(reader: ShardReader, number: int, bands: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(3, H, W) physical values, and (H, W) where they are clear."""
+    row = reader.index.members[number, reader.index.columns.index(reader.contract.modality)]
+    values = reader.pixels(number)[bands].astype(np.float64) * float(row["scale"]) + float(row["add"])
+    clear = np.isfinite(values).all(axis=0)
+    if (codes := reader.valid(number)) is not None:
+        clear &= codes == VALID_CLEAR
+    return values, clear
 
 
 def _picture_bands(contract: InputContract) -> list[int]:

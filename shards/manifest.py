@@ -11,6 +11,11 @@ from swath.shards.errors import InputError
 from swath.shards.files import write_json
 
 NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class ManifestDamaged(InputError):
+    """The manifest is there and is not one."""
 
 
 class Shard(Strict):
@@ -61,9 +66,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder} is not a folder of shards (no {NAME}){hint or '; `swath shard` makes one'}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ManifestDamaged(f"{path} is damaged ({error}); `swath index {folder}` makes one from the shards alone") from None
     try:
-        return Manifest.model_validate(json.loads(text))
-    except (ValueError, ValidationError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"{'.'.join(str(p) for p in first['loc'])}: {first['msg']}" if first else str(error)
-        raise InputError(f"{path} is damaged or of another version ({what}); `swath index {folder}` rebuilds it") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestDamaged(f"{path} is damaged ({error}); `swath index {folder}` makes one from the shards alone") from None
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {version}, this swath reads {SCHEMA_VERSION}; use the swath that made it")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(str(p) for p in first['loc']) or 'all of it'}: {first['msg']}"
+        raise ManifestDamaged(f"{path} is damaged ({what}); `swath index {folder}` makes one from the shards alone") from None

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import logging
+import math
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,37 +18,43 @@ from swath.shards.errors import InputError
 from swath.shards.files import disk_errors
 from swath.shards.index import MEMBER, Index, columns_of
 from swath.shards.ingest import contract_with
-from swath.shards.manifest import NAME, Manifest, Shard, read_manifest
+from swath.shards.manifest import NAME, Manifest, ManifestDamaged, Shard, read_manifest
 from swath.shards.statistics import Statistics
 from swath.shards.writer import Rows, member_row, rows_of
 
 MAX_BYTES = 1 << 30  # of one member
+_ASIDE = "manifest.damaged.json"
+_log = logging.getLogger(__name__)
 _EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "npy": "npy"}
 
 
 def reindex(folder: Path) -> Manifest:
-    """Write index.bin, keys.bin and manifest.json anew from the tars; contract and classes stay where there is a manifest."""
-    known = read_manifest(folder) if (folder / NAME).exists() else None
+    """Write index.bin, keys.bin and manifest.json anew from the tars; contract and classes stay where there is a manifest.
+
+    A damaged manifest is set aside, and the folder taken as any other WebDataset. Raises InputError.
+    """
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
         raise InputError(f"{folder} holds no .tar files; name the folder that does")
-    dataset = known.dataset if known else folder.resolve().name
+    known, damage = _known(folder)
     scan = _Scan(known)
     parts, shards = [], []
     for number, path in enumerate(tars):
-        samples = [scan.sample(path, number, key, members) for key, members in _samples(path)]
+        samples = [scan.sample(path, number, key, members) for key, members in read_samples(path)]
         if not samples:
             raise InputError(f"{path} holds no samples; remove it")
-        parts.append((samples, path))
+        parts.append(samples)
         shards.append(_shard(path, len(samples)))
-    classes = known.classes if known else tuple(sorted(scan.labels))
+    dataset = known.dataset if known else scan.dataset or folder.resolve().name
+    classes = known.classes if known else _classes(scan.labels)
     tables = []
-    for samples, _ in parts:
-        rows = [(key, _number(label, classes), block, members) for key, label, block, members in samples]
+    for path, samples in zip(tars, parts, strict=True):
+        rows = [(key, _number(path, key, label, classes), block, members) for key, label, block, members in samples]
         tables.append(rows_of(dataset, rows, len(scan.columns)))
     table = Rows.join(tables)
     changed: dict[str, Any] = {"samples": len(table.samples), "shards": tuple(shards)}
     if known:
+        _tell_changes(known, shards)
         manifest = known.model_copy(update=changed)
     else:
         contract = scan.contract()
@@ -53,9 +62,33 @@ def reindex(folder: Path) -> Manifest:
             dataset=dataset, contracts={contract.modality: contract}, classes=classes, made_by="swath index", **changed
         )
     with disk_errors("writing the index", folder):
+        if damage is not None:
+            (folder / NAME).replace(folder / _ASIDE)
+            _log.warning(
+                "%s; it is now %s, and the new one knows neither bands nor units: making the shards again would", damage, _ASIDE
+            )
         Index(table.samples, table.members, np.frombuffer(table.keys, np.uint8), scan.columns).write(folder)
         manifest.write(folder)
     return manifest
+
+
+def _known(folder: Path) -> tuple[Manifest | None, str | None]:
+    """The manifest, if there is one that can be read, and what is wrong with it if not."""
+    if not (folder / NAME).exists():
+        return None, None
+    try:
+        return read_manifest(folder), None
+    except ManifestDamaged as error:
+        return None, str(error)
+
+
+def _tell_changes(known: Manifest, shards: list[Shard]) -> None:
+    """Say which shards are not what the manifest had, since somebody may have lost data."""
+    before, now = ({s.name: s for s in listed} for listed in (known.shards, shards))
+    for name in sorted(before | now):
+        had, has = (f"{s.samples} samples" if s else "nothing" for s in (before.get(name), now.get(name)))
+        if had != has:
+            _log.warning("%s: %s, where the manifest had %s", name, has, had)
 
 
 class _Scan:
@@ -66,13 +99,14 @@ class _Scan:
         self.known = known
         self.columns = columns_of([self.modality])
         self.labels: set[str] = set()
+        self.dataset: str | None = None
         self.statistics: Statistics | None = None
         self.sizes: set[tuple[int, int]] = set()
         self._first = ("", "", "")
 
     def sample(
         self, path: Path, number: int, key: str, members: dict[str, tuple[int, bytes]]
-    ) -> tuple[str, str | int | None, int, np.ndarray]:
+    ) -> tuple[str, str | None, int, np.ndarray]:
         """(key, label, block, member rows) of one sample."""
         meta: dict[str, Any] = {}
         row = np.zeros(len(self.columns), MEMBER)
@@ -92,23 +126,26 @@ class _Scan:
             raise InputError(f"{path}: sample {key} has no image (jpg, png or npy)")
         offset, data, suffix = pixels
         kind = _EXTENSIONS[suffix.rsplit(".", 1)[-1].lower()]
-        scale, add = float(meta.get("scale", 1.0)), float(meta.get("add", 0.0))
+        where = f"{path}: sample {key}"
+        scale, add = _radiometry(where, meta)
         row[0] = member_row(number, offset, data, kind, scale, add)
         label = meta.get("label")
         if label is None and "cls" in members:
             label = members["cls"][1].decode(errors="replace").strip()
-        if label is not None:
-            self.labels.add(str(label))
+        if isinstance(label, int | str) and not isinstance(label, bool):
+            label = str(label)
+            self.labels.add(label)
+        else:
+            label = None
         if self.known is None:
-            self._look(f"{path.name}:{key}", suffix, data, kind, scale, add)
+            self._look(where, suffix, data, kind, scale, add, members.get("valid.npy", (0, None))[1])
+            if isinstance(meta.get("dataset"), str):
+                self.dataset = self.dataset or meta["dataset"]
         block = meta.get("block", -1)
-        return key, None if label is None else str(label), block if isinstance(block, int) else -1, row
+        return key, label, block if type(block) is int else -1, row
 
-    def _look(self, where: str, suffix: str, data: bytes, kind: str, scale: float, add: float) -> None:
-        try:
-            array = decode(data, kind)
-        except DecodeError as error:
-            raise InputError(f"{where}: {error}; remove the sample") from None
+    def _look(self, where: str, suffix: str, data: bytes, kind: str, scale: float, add: float, mask: bytes | None) -> None:
+        array = _decoded(where, data, kind)
         modality = suffix.rsplit(".", 1)[0] if "." in suffix else "rgb" if len(array) == 3 else "image"
         seen = (modality, describe(array))
         if self.statistics is None:
@@ -117,8 +154,15 @@ class _Scan:
         if self._first[1:] != seen:
             first, *was = self._first
             raise InputError(f"samples differ: {first} is {' '.join(was)}, {where} is {' '.join(seen)}")
-        finite = np.isfinite(array).all(axis=0) if array.dtype.kind == "f" else None
-        self.statistics.add(array.astype(np.float64) * scale + add, finite)
+        clear = np.ones(array.shape[1:], bool)
+        if mask is not None:
+            codes = _decoded(where, mask, "npy")[0]
+            if codes.shape != clear.shape:
+                raise InputError(f"{where} is of {clear.shape}, its validity mask of {codes.shape}; remove the sample")
+            clear &= codes == 1
+        if array.dtype.kind == "f":
+            clear &= np.isfinite(array).all(axis=0)
+        self.statistics.add(array.astype(np.float64) * scale + add, clear)
         self.sizes.add((array.shape[1], array.shape[2]))
 
     def contract(self) -> InputContract:
@@ -134,7 +178,7 @@ class _Scan:
         return contract_with(made, self.statistics, self.sizes)
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+def read_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
     """(key, {suffix: (offset of its data, data)}) in the order of the tar; neighbours with one key are one sample."""
     current, members = None, {}
     try:
@@ -158,10 +202,36 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
                 if len(data) != info.size:
                     raise InputError(f"{path} is cut short in {info.name}; copy it again")
                 members[suffix] = (info.offset_data, data)
-    except (tarfile.TarError, OSError) as error:
+            end = tar.offset
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"{path} cannot be read as a tar ({error}); copy it again") from None
+    with path.open("rb") as file:  # tarfile takes a header that it cannot read for the end
+        file.seek(end)
+        if file.read(512).strip(b"\0"):
+            after = f"after sample {current}" if current else "at its start"
+            raise InputError(f"{path} is damaged {after} (byte {end} is no tar header); copy it again")
     if current is not None:
         yield current, members
+
+
+def _decoded(where: str, data: bytes, kind: str) -> np.ndarray:
+    try:
+        return decode(data, kind)
+    except DecodeError as error:
+        raise InputError(f"{where} cannot be decoded ({error}); repair or remove the sample") from None
+
+
+def _radiometry(where: str, meta: dict[str, Any]) -> tuple[float, float]:
+    """Scale and offset of a sample's JSON; 1 and 0 where it has none."""
+    values = meta.get("scale", 1.0), meta.get("add", 0.0)
+    if not all(type(v) in (int, float) and math.isfinite(v) for v in values) or not values[0]:
+        raise InputError(f"{where}: scale {values[0]!r} and add {values[1]!r} in its JSON are no numbers to decode with")
+    return float(values[0]), float(values[1])
+
+
+def _classes(labels: set[str]) -> tuple[str, ...]:
+    """Sorted; as numbers where all are."""
+    return tuple(sorted(labels, key=int if all(re.fullmatch(r"\d{1,9}", label) for label in labels) else None))
 
 
 def _json(path: Path, key: str, data: bytes) -> dict[str, Any]:
@@ -172,12 +242,12 @@ def _json(path: Path, key: str, data: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(label: str | int | None, classes: tuple[str, ...]) -> int:
+def _number(path: Path, key: str, label: str | None, classes: tuple[str, ...]) -> int:
     if label is None:
         return -1
     if label not in classes:
-        raise InputError(f"label {label!r} of a sample is not among the manifest's classes")
-    return classes.index(str(label))
+        raise InputError(f"{path}: label {label!r} of sample {key} is not among the manifest's classes")
+    return classes.index(label)
 
 
 def _shard(path: Path, samples: int) -> Shard:

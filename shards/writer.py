@@ -48,11 +48,9 @@ class Member:
     add: float = 0.0
 
 
-def member_row(number: int, offset: int, data: bytes | memoryview, kind: str, scale: float = 1.0, add: float = 0.0) -> np.void:
-    """The index row of a member that starts at byte `offset` of shard `number`."""
-    return np.array(
-        (offset, len(data), number, zlib.crc32(data), FORMATS.index(kind), scale, add), dtype=MEMBER
-    )[()]  # fmt: skip
+def member_row(number: int, offset: int, data: bytes | memoryview, kind: str, scale: float = 1.0, add: float = 0.0) -> np.ndarray:
+    """The index row, () of MEMBER, of a member that starts at byte `offset` of shard `number`."""
+    return np.array((offset, len(data), number, zlib.crc32(data), FORMATS.index(kind), scale, add), dtype=MEMBER)
 
 
 def rows_of(dataset: str, samples: list[tuple[str, int, int, np.ndarray]], columns: int) -> Rows:
