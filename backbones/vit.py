@@ -104,8 +104,8 @@ def patches(images_bchw: Tensor, patch: int, keep: Tensor | None = None) -> Tens
 class ViTConfig:
     """`image_size` fixes the spacing of positions; any other size that `patch` divides interpolates them.
 
-    `pool` of patch tokens after the final norm: their mean, the class token instead, or mean and standard deviation side by side
-    (2 · width numbers), which keeps how much the tokens differ: texture, where the mean keeps colour.
+    `pool` of patch tokens after the final norm: their mean, the class token instead, or `texture`: mean, standard deviation and
+    mean absolute difference of neighbours side by side (3 · width numbers). A mean keeps what is there, the others how it lies.
     """
 
     bands: int
@@ -116,7 +116,7 @@ class ViTConfig:
     heads: int = 12
     mlp_ratio: float = 4.0
     positions: Literal["sincos", "learned"] = "sincos"
-    pool: Literal["mean", "class", "mean_std"] = "mean"
+    pool: Literal["mean", "class", "texture"] = "mean"
 
 
 _SIZES = {
@@ -139,7 +139,7 @@ class ViT(Backbone):
         _check(config)
         self.config = config
         self.width = config.width
-        self.pooled_width = config.width * (2 if config.pool == "mean_std" else 1)
+        self.pooled_width = config.width * (3 if config.pool == "texture" else 1)
         self.depth = config.depth
         self.patch_embed = PatchEmbed(config.bands, config.patch, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -195,16 +195,25 @@ class ViT(Backbone):
         maps: dict[int, Tensor] = {}
         if keep is None and tokens.keep is None:
             maps[self.config.patch] = x_bkd.transpose(1, 2).unflatten(2, tokens.grid[2:])
-        return Features(self._pool(prefix, x_bkd), x_bkd, prefix, maps, tapped)
+        return Features(self._pool(prefix, x_bkd, maps), x_bkd, prefix, maps, tapped)
 
-    def _pool(self, prefix_b1d: Tensor, x_bkd: Tensor) -> Tensor:
+    def _pool(self, prefix_b1d: Tensor, x_bkd: Tensor, maps: dict[int, Tensor]) -> Tensor:
         if self.config.pool == "class":
             return prefix_b1d[:, 0]
         mean_bd = x_bkd.mean(dim=1)
         if self.config.pool == "mean":
             return mean_bd
         # EPS: the gradient of a root at 0, which a constant image has, is infinite
-        return torch.cat([mean_bd, (x_bkd.var(dim=1, correction=0) + EPS).sqrt()], dim=1)
+        spread_bd = (x_bkd.var(dim=1, correction=0) + EPS).sqrt()
+        if maps:
+            map_bdhw = maps[self.config.patch]
+            steps = [map_bdhw.diff(dim=axis).abs().flatten(2) for axis in (2, 3)]
+        else:  # of a kept subset, those that follow each other
+            steps = [x_bkd.diff(dim=1).abs().transpose(1, 2)]
+        step_bdn = torch.cat(steps, dim=2)
+        # a single token has no neighbour, and differs from none
+        step_bd = step_bdn.sum(dim=2) / max(1, step_bdn.shape[2])
+        return torch.cat([mean_bd, spread_bd, step_bd], dim=1)
 
 
 def _boxes(grid: tuple[int, int, int, int], patch: int, device: torch.device) -> Tensor:

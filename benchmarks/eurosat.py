@@ -30,8 +30,8 @@ PUBLISHED = {"knn": 0.710, "linear": 0.783}
 STATISTICS = {"knn": 0.784, "linear": 0.867}
 
 
-def trained(recipe: str, run: Path, shards: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train (or continue) a recipe and probe it on test."""
+def trained(recipe: str, run: Path, shards: Path, overrides: list[str], size: int | None = None) -> dict[str, Any]:
+    """Train (or continue) a recipe and probe it on test, with chips resized to `size`."""
     given = [f"run.dir={run}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
     pretrain(read_recipe((RECIPES / f"{recipe}.yaml").read_text(), given, name=recipe))
     rows = read_lines(run / "metrics.jsonl")
@@ -39,7 +39,7 @@ def trained(recipe: str, run: Path, shards: Path, overrides: list[str]) -> dict[
     made: dict[str, Any] = {"minutes_of_steps": round(seconds / 60, 1), "images_per_second": round(rows[-1]["samples"] / seconds)}
     stored = [run / "probes" / f"{task}.json" for task in TASKS]
     if not all(path.exists() for path in stored):
-        probes(TASKS, run, shards / "train", shards / "test", val=shards / "val")
+        probes(TASKS, run, shards / "train", shards / "test", val=shards / "val", size=size)
     for task, path in zip(TASKS, stored, strict=True):
         result = json.loads(path.read_text())
         made[task] = {"accuracy": round(result["accuracy"], 4), "block_bootstrap_95": [round(x, 4) for x in result["interval"]]}
@@ -60,7 +60,7 @@ def main() -> int:
         seed: trained("eurosat_published", args.work / f"published_{seed}", shards, [f"run.seed={seed}", *args.overrides])
         for seed in (0, 1, 2)
     }
-    hour = trained("eurosat", args.work / "hour", shards, args.overrides)
+    hour = trained("eurosat", args.work / "hour", shards, args.overrides, size=128)
     means = {task: statistics.mean(made[task]["accuracy"] for made in seeds.values()) for task in PUBLISHED}
     result = {
         "command": " ".join(["python", "-m", "benchmarks.eurosat", *sys.argv[1:]]),

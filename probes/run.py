@@ -32,13 +32,16 @@ def probe(
     *,
     val: Path | str | None = None,
     json_path: Path | str | None = None,
+    size: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run a probe, write its JSON to `json_path` and, for a run folder, into its `probes/`; return it (`table` shows it).
 
+    `size` is the side in pixels that chips are resized to, by default what the backbone was trained at.
+
     Raises InputError for another input contract, missing labels, test classes that train lacks, a single class.
     """
-    (result,) = probes([task], backbone, train, test, val=val, progress=progress)
+    (result,) = probes([task], backbone, train, test, val=val, size=size, progress=progress)
     if json_path is not None:
         _write(result, Path(json_path))
     return result
@@ -51,6 +54,7 @@ def probes(
     test: Path | str,
     *,
     val: Path | str | None = None,
+    size: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Several probes of the same features, which are computed once; otherwise as `probe`."""
@@ -64,6 +68,12 @@ def probes(
     readers = {part: ShardReader(Path(folder)) for part, folder in folders.items()}
     for reader in readers.values():  # all of them before the first long computation
         require_contract(loaded, reader)
+    if size is not None:
+        loaded.size = (size, size)
+        try:
+            loaded.backbone.grid(size, size)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     parts = {part: extract(loaded, reader, progress=progress) for part, reader in readers.items()}
     require_classes(parts["train"])
     parts = {part: features if part == "train" else match_classes(parts["train"], features) for part, features in parts.items()}

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from swath.shards.errors import InputError
 
@@ -76,6 +76,8 @@ def _decode_image(data: bytes | memoryview) -> np.ndarray:
             if image.width * image.height * 4 > MAX_VALUES:
                 raise DecodeError(f"declared size {image.width}×{image.height} is beyond the limit of {MAX_VALUES} values")
             array = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA", "CMYK", "1") else image)
+    except UnidentifiedImageError:  # its own message holds a memory address
+        raise DecodeError("not an image that can be identified") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DecodeError(f"image: {error}") from None
     return array[None] if array.ndim == 2 else np.ascontiguousarray(np.moveaxis(array, 2, 0))

@@ -77,7 +77,8 @@ def _chip(reader: ShardReader, number: int, bands: list[int]) -> tuple[np.ndarra
     """(3, H, W) physical values, and (H, W) where they are clear."""
     row = reader.index.members[number, reader.index.columns.index(reader.contract.modality)]
     values = reader.pixels(number)[bands].astype(np.float64) * float(row["scale"]) + float(row["add"])
-    clear = np.isfinite(values).all(axis=0)
+    clear = np.ones(values.shape[1:], bool)
+    clear &= np.isfinite(values).all(axis=0)
     if (codes := reader.valid(number)) is not None:
         clear &= codes == VALID_CLEAR
     return values, clear

@@ -207,7 +207,10 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]
         raise InputError(f"{path} cannot be read as a tar ({error}); copy it again") from None
     with path.open("rb") as file:  # tarfile takes a header that it cannot read for the end
         file.seek(end)
-        if file.read(512).strip(b"\0"):
+        block = file.read(512)
+        if not block:
+            _log.warning("%s has no end mark, so it may be cut short behind sample %s", path, current)
+        if block.strip(b"\0"):
             after = f"after sample {current}" if current else "at its start"
             raise InputError(f"{path} is damaged {after} (byte {end} is no tar header); copy it again")
     if current is not None:

@@ -228,7 +228,7 @@ def _chips(scene: Scene, side: int, stride: int) -> list[Item]:
         raise InputError(f"{scene.files[0]}: a chip of {height}×{width} is beyond {MAX_VALUES} values; give a smaller --chip")
     tops, lefts = (range(0, full - cut + 1, stride) for full, cut in ((scene.height, height), (scene.width, width)))
     alone = len(tops) * len(lefts) == 1
-    lookup = scene.name if len(scene.files) > 1 else scene.files[0]
+    lookup = scene.files[0] if len(scene.files) == 1 else scene.name
     return [
         Item(scene.name if alone else f"{scene.name}_y{y:05d}_x{x:05d}", lookup, None, (scene, y, x, height, width))
         for y in tops

@@ -32,7 +32,7 @@ def test_features() -> None:
     assert box[7].tolist() == [8, 8, 8, 8] and box.shape == (24, 4)
 
 
-@pytest.mark.parametrize(("pool", "width"), [("mean", 48), ("class", 48), ("mean_std", 96)])
+@pytest.mark.parametrize(("pool", "width"), [("mean", 48), ("class", 48), ("texture", 144)])
 def test_pooling(pool: str, width: int) -> None:
     backbone = small(pool=pool)
     constant = torch.zeros(2, 3, 32, 32, requires_grad=True)
@@ -40,6 +40,17 @@ def test_pooling(pool: str, width: int) -> None:
     pooled.sum().backward()
     assert pooled.shape == (2, width) == (2, backbone.pooled_width)
     assert constant.grad is not None and torch.isfinite(constant.grad).all()
+
+
+def test_texture_pool_from_first_principles() -> None:
+    backbone = small(pool="texture")
+    features = backbone(torch.randn(1, 3, 16, 24))
+    grid = features.tokens[0].view(2, 3, 48)
+    near = [(grid[0, c] - grid[1, c]).abs() for c in range(3)]
+    near += [(grid[r, c] - grid[r, c + 1]).abs() for r in range(2) for c in range(2)]
+    expected = torch.cat([features.tokens[0].mean(0), features.tokens[0].std(0, correction=0), torch.stack(near).mean(0)])
+    assert torch.allclose(features.pooled[0], expected, atol=1e-5)  # 1e-6 is added under the root
+    assert torch.isfinite(backbone(torch.randn(1, 3, 8, 8)).pooled).all()
 
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
