@@ -9,28 +9,26 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from swath.shards.files import write_bytes
-
 
 class JsonLines:
     """Append-only lines; opened at a step, it first drops what was written after it, a torn last line too."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self.rows = [row for row in read_lines(path) if row["step"] <= step]
-        write_bytes(path, b"".join(_line(row) for row in self.rows))
-        self._file = path.open("ab")
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            whole += len(line)
+        self._file.truncate(whole)
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self._file.write(_line(row))
+        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -50,20 +48,22 @@ class Record:
     """metrics.jsonl holds one line per step, counted from 1, each step once, whatever happened in between."""
 
     def __init__(self, run: Path, step: int, total: int) -> None:
-        self.metrics = JsonLines(run / "metrics.jsonl", step)
-        self.health = JsonLines(run / "health.jsonl", step)
+        self._metrics = JsonLines(run / "metrics.jsonl", step)
+        self._health = JsonLines(run / "health.jsonl", step)
+        self.looks = read_lines(run / "health.jsonl")  # at health, from initialisation on
         self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._total, self._shown, self._first = total, 0.0, (time.monotonic(), step)
 
     def step(self, row: dict[str, Any]) -> None:
-        self.metrics.add(row)
+        self._metrics.add(row)
         for key in ("loss", "lr", "grad_norm", "samples_per_second", "data_wait"):
             if row.get(key) is not None:
                 self._events.add_scalar(f"train/{key}", row[key], row["step"])
         self._show(row)
 
     def check(self, row: dict[str, Any]) -> None:
-        self.health.add(row)
+        self._health.add(row)
+        self.looks.append(row)
         for key, value in row.items():
             if isinstance(value, float):
                 self._events.add_scalar(f"health/{key}", value, row["step"])
@@ -86,5 +86,5 @@ class Record:
         print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        for part in (self.metrics, self.health, self._events):
+        for part in (self._metrics, self._health, self._events):
             part.close()

@@ -203,7 +203,7 @@ class _Trainer:
         record = Record(self.run, self.step, self.total)
         previous = self._catch_signals()
         try:
-            if self.step == 0 and not record.health.rows:
+            if self.step == 0 and not record.looks:
                 self._check(record)
             if self.step < self.total:
                 self._steps(record)
@@ -363,7 +363,7 @@ class _Trainer:
         row["loss"] = numerator / weight if weight else None
         measured = health.measure(torch.cat([p.pooled for p in parts]), torch.cat([p.tokens for p in parts]))
         row |= {name: finite(value) for name, value in measured.items()}
-        row["warnings"] = health.warnings([*record.health.rows, row])
+        row["warnings"] = health.warnings([*record.looks, row])
         record.check(row)
         for sign in row["warnings"]:
             log.warning("health at step %d: %s", self.step, sign)

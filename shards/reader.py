@@ -162,7 +162,10 @@ class ShardReader:
         start, length = int(member["offset"]), int(member["length"])
         shard = int(member["shard"])
         if shard >= len(self.manifest.shards):
-            raise self._damaged(number, f"the index names shard {shard}, which the manifest does not have")
+            raise InputError(
+                f"{self.folder}: the index has sample {self.index.key(number)} in shard number {shard}, the manifest has "
+                f"{len(self.manifest.shards)} shards; `swath index {self.folder}` rebuilds it"
+            )
         data = self._shard(shard)[start : start + length]
         if len(data) != length or zlib.crc32(data) != int(member["crc32"]):
             raise self._damaged(number, "its bytes do not match the checksum in the index")
@@ -181,9 +184,7 @@ class ShardReader:
         return memoryview(data)
 
     def _damaged(self, number: int, what: str) -> InputError:
-        shard_number = int(self.index.members[number, self._pixels]["shard"])
-        known = shard_number < len(self.manifest.shards)
-        shard = self.manifest.shards[shard_number].name if known else f"number {shard_number}"
+        shard = self.manifest.shards[int(self.index.members[number, self._pixels]["shard"])].name
         return InputError(
             f"sample {self.index.key(number)} in shard {self.folder / shard} is damaged: {what}; "
             "copy the shard again or make it again"

@@ -106,7 +106,7 @@ def test_damaged_or_foreign_index(folder: Path, tmp_path: Path):
     for name in ("index.bin", "keys.bin"):
         (folder / name).write_bytes((more / name).read_bytes())
     refused(folder, "sample chip9 in shard .* is damaged", 9)
-    refused(folder, "sample chip19 in shard number 4 is damaged: the index names shard 4", 19)
+    refused(folder, "index has sample chip19 in shard number 4, the manifest has 3 shards; `swath index .*` rebuilds it", 19)
 
 
 def test_missing_manifest(folder: Path, tmp_path: Path):
