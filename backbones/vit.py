@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Recomputed, Tokens, gather, register, sincos_grid
+from swath.kernels.linear import Linear, linear
 
 EPS = 1e-6
 
@@ -23,8 +24,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
         batch, length, width = x_btd.shape
@@ -33,9 +34,9 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x_btd).view(batch, length, 3, *shape).permute(2, 0, 3, 1, 4)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x_btd[:, -queries:], weight[:width], bias[:width])
+            q = linear(x_btd[:, -queries:], weight[:width], bias[:width])
             q = q.view(batch, queries, *shape).transpose(1, 2)
-            k, v = F.linear(x_btd, weight[width:], bias[width:]).view(batch, length, 2, *shape).permute(2, 0, 3, 1, 4)
+            k, v = linear(x_btd, weight[width:], bias[width:]).view(batch, length, 2, *shape).permute(2, 0, 3, 1, 4)
         y_bhqe = attend(q, k, v)
         return self.proj(y_bhqe.transpose(1, 2).flatten(2))
 
@@ -53,8 +54,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_btd: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_btd)))
@@ -86,7 +87,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(bands, width, patch, patch)
 
     def forward(self, images_bchw: Tensor, keep: Tensor | None = None) -> Tensor:
-        return F.linear(patches(images_bchw, self.patch, keep).flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches(images_bchw, self.patch, keep).flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def patches(images_bchw: Tensor, patch: int, keep: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """The Python files of an export: the templates, and the backbone's own modules with their imports made relative.
 
-transformers follows relative imports within one folder, so `swath.backbones.vit` becomes `swath_vit.py` there.
+transformers follows relative imports within one folder, so `swath.backbones.vit` becomes `swath_vit.py` there, and
+`swath.kernels.linear` becomes `swath_linear.py`.
 """
 
 import importlib
@@ -18,14 +19,14 @@ AUTO = {
 }
 _TEMPLATES = Path(__file__).with_name("templates")
 _ENCODER = re.compile(r"^from \S+ import \w+ as Encoder\b.*$", re.MULTILINE)
-_CARRIED = re.compile(r"^( *)from (swath\.backbones\.\w+) import", re.MULTILINE)
+_CARRIED = re.compile(r"^( *)from (swath\.(?:backbones|kernels)\.\w+) import", re.MULTILINE)
 _LEFT = re.compile(r"^ *(?:from|import) (swath\b[\w.]*)", re.MULTILINE)
 
 
 def exported_code(backbone: type[Backbone]) -> dict[str, str]:
     """{file name: text} of all that an export of `backbone` needs.
 
-    Raises InputError for a backbone that imports more of swath than other files of `swath.backbones`.
+    Raises InputError for a backbone that imports more of swath than files of `swath.backbones` and `swath.kernels`.
     """
     files = {path.name: path.read_text() for path in sorted(_TEMPLATES.glob("*.py"))}
     encoder = f"from .{_flat(backbone.__module__)} import {backbone.__name__} as Encoder"
@@ -49,4 +50,6 @@ def _flat(module: str) -> str:
 
 
 def _source(module: str) -> str:
-    return inspect.getsource(importlib.import_module(module))
+    """An operator travels as its reference: plain torch, the same names."""
+    reference = ".reference" if module.startswith("swath.kernels.") else ""
+    return inspect.getsource(importlib.import_module(module + reference))

@@ -1,5 +1,6 @@
 """`swath inspect`: what a folder of shards holds, as text and as a contact sheet."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from swath.shards.bands import InputContract
-from swath.shards.files import disk_errors
+from swath.shards.files import disk_errors, write_bytes
 from swath.shards.reader import VALID_CLEAR, ShardReader
 
 SIDE, CELL = 8, 96  # samples per row and column, pixels per sample
@@ -19,7 +20,7 @@ class Report:
     """`text` for the terminal; `sheet` is where the picture was written."""
 
     text: str
-    sheet: Path | None
+    sheet: Path
 
     def __str__(self) -> str:
         return self.text
@@ -48,7 +49,9 @@ def inspect(folder: Path, sheet: Path | None = None) -> Report:
     lines += [f"  {key}: {reason}" for key, reason in manifest.skipped[:10]]
     place = sheet or folder / "contact_sheet.png"
     with disk_errors("writing the contact sheet", place.parent):
-        _sheet(reader).save(place)
+        picture = io.BytesIO()
+        _sheet(reader).save(picture, "PNG")
+        write_bytes(place, picture.getvalue())
     return Report("\n".join(lines), place)
 
 

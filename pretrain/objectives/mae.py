@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Features, gather, sincos_grid
 from swath.backbones.vit import EPS, Block, ViTConfig, check_table, from_published, init_weights, patches
+from swath.kernels.linear import Linear
 from swath.pretrain.masking import fill, kept, random_mask
 from swath.pretrain.objective import Draws, Objective, Outcome, register, token_validity
 from swath.shards.prepare import Batch
@@ -44,13 +45,13 @@ class MAE(Objective):
         if not 0 < self.keep < tokens:
             raise ValueError(f"mask_ratio {config.mask_ratio} keeps {self.keep} of {tokens} tokens; some must stay, some must go")
         width = config.decoder_width
-        self.decoder_embed = nn.Linear(backbone.width, width)
+        self.decoder_embed = Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_blocks = nn.ModuleList(
             [Block(width, config.decoder_heads, config.mlp_ratio) for _ in range(config.decoder_depth)]
         )
         self.decoder_norm = nn.LayerNorm(width, eps=EPS)
-        self.decoder_pred = nn.Linear(width, self.patch**2 * bands)
+        self.decoder_pred = Linear(width, self.patch**2 * bands)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_weights(part)
         nn.init.normal_(self.mask_token, std=0.02)

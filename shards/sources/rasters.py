@@ -184,10 +184,13 @@ def _check_alike(scenes: list[Scene]) -> None:
     for scene in scenes:
         if (scene.names, scene.dtype) == (first.names, first.dtype):
             continue
-        lacking = [f"{b.files[0]} lacks {n}" for a, b in ((first, scene), (scene, first)) for n in a.names if n not in b.names]
+        pairs = ((first, scene), (scene, first)) if set(first.names) & set(scene.names) else ()
+        lacking = [
+            f"{b.name} lacks {', '.join(n for n in a.names if n not in b.names)}" for a, b in pairs if set(a.names) - set(b.names)
+        ]
         raise InputError(
-            f"scenes differ: {first.files[0]} has {', '.join(first.names)} in {first.dtype}, {scene.files[0]} has "
-            f"{', '.join(scene.names)} in {scene.dtype}{' (' + ', '.join(lacking[:3]) + ')' if lacking else ''}; "
+            f"scenes differ: {first.name} has {', '.join(first.names)} in {first.dtype}, {scene.name} has "
+            f"{', '.join(scene.names)} in {scene.dtype}{f' ({lacking[0]})' if lacking else ''}; "
             "make shards from one kind at a time"
         )
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from swath.shards import packer
 from swath.shards.errors import InputError
-from swath.shards.ingest import shard
+from swath.shards.ingest import _bar, shard
 from swath.shards.reader import ShardReader
 from swath.shards.reindex import reindex
 from swath.shards.sources import images as image_source
@@ -85,7 +85,7 @@ def test_killed_ingest_continues_to_the_same_bytes(
     images: Path, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int, by_split: bool
 ):
     monkeypatch.setattr(packer, "MAX_SAMPLES", 5)
-    options = {"split": split} if by_split else {}
+    options: dict[str, Any] = {"split": split} if by_split else {}
     shard(images, tmp_path / "whole", **options, progress=False)
     dying_after(samples, images, tmp_path / "killed", **options)
     assert not (tmp_path / "killed").exists()
@@ -124,7 +124,9 @@ def test_disk_full_keeps_the_partial_folder_and_continues(images: Path, tmp_path
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_values_statistics_webdataset_and_reindex(images: Path, tmp_path: Path):
+@pytest.mark.parametrize("per_shard", [7, 4096])
+def test_values_statistics_webdataset_and_reindex(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_shard: int):
+    monkeypatch.setattr(packer, "MAX_SAMPLES", per_shard)
     out = tmp_path / "out"
     manifest = shard(images, out, progress=False)[""]
     reader = ShardReader(out)
@@ -133,6 +135,10 @@ def test_values_statistics_webdataset_and_reindex(images: Path, tmp_path: Path):
     np.testing.assert_allclose(norm.mean, pixels.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(norm.std, pixels.std((0, 2, 3)), rtol=1e-9)
     assert norm.pixels == (24 * 64,) * 3
+    assert reader.shard_sizes == ([7, 7, 7, 3] if per_shard == 7 else [24])
+    for number in range(24):
+        source = Image.open(images / reader.meta(number)["source"])
+        assert np.array_equal(reader.pixels(number), np.moveaxis(np.asarray(source), 2, 0))
     assert reader.meta(0)["scale_source"] == "none: values as stored"
     urls = [str(out / s.name) for s in manifest.shards]
     foreign = list(getattr(webdataset, "WebDataset")(urls, shardshuffle=False).decode("pil"))  # noqa: B009 - untyped
@@ -140,6 +146,20 @@ def test_values_statistics_webdataset_and_reindex(images: Path, tmp_path: Path):
     before = contents(out)
     reindex(out)
     assert contents(out) == before
+
+
+def test_progress_in_a_log_file_is_a_line_every_half_minute(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    shard(images, tmp_path / "out")
+    assert capfd.readouterr().err == ""
+    bar = _bar(24, True)
+    bar.start_t -= 100
+    bar.last_print_t -= 100
+    for _ in range(24):
+        bar.update()
+    bar.close()
+    lines = [line for line in capfd.readouterr().err.replace("\r", "").splitlines() if line.strip()]
+    assert 1 <= len(lines) <= 2
+    assert "of 24 chips" in lines[0]
 
 
 def test_same_plan_is_done_and_other_content_is_refused(images: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from swath.shards.prepare import Batch, View, prepare
 from swath.shards.reader import Chips
 
 BANDS, SIDE = 2, 24
-MEAN, STD = (3.0, -1.0), (2.0, 0.5)
+MEAN, STD = (0.7, -0.3), (2.0, 0.5)
 
 
 def contract(dtype: str = "float32", nodata: float | None = None) -> InputContract:
@@ -39,12 +39,17 @@ def chips(pixels: Tensor, valid: Tensor | None = None, size: Tensor | None = Non
 
 
 def noise(count: int = 4, height: int = SIDE, width: int = SIDE, seed: int = 0) -> Tensor:
-    return torch.randn(count, BANDS, height, width, generator=torch.Generator().manual_seed(seed)) * 3
+    return torch.randn(count, BANDS, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def normalised(x: Tensor) -> Tensor:
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return (x - mean) / std
+
+
+def resized(x: Tensor, out: tuple[int, int]) -> Tensor:
+    """torch's own, in double precision: in single it rounds its weights."""
+    return F.interpolate(x.double(), size=out, mode="bilinear", antialias=True, align_corners=False).float()
 
 
 def image(batch: Batch) -> Tensor:
@@ -57,7 +62,7 @@ def boxes(*rows: tuple[float, float, float, float]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16])
 def test_nothing_asked_is_only_normalised(dtype: torch.dtype):
-    pixels = (noise().abs() * 10).to(torch.int32).to(dtype)
+    pixels = (noise().abs() * 30).to(torch.int32).to(dtype)
     made = prepare(chips(pixels), contract(str(dtype).removeprefix("torch.")), (SIDE, SIDE))
     torch.testing.assert_close(image(made), normalised(pixels.float()), rtol=1e-6, atol=1e-6)
     assert made.valid == {}
@@ -83,7 +88,7 @@ def test_scale_and_offset_are_each_samples_own():
 @pytest.mark.parametrize("out", [(24, 24), (48, 48), (8, 8), (7, 31), (1, 1), (23, 25), (97, 5)])
 def test_whole_image_is_torchs_antialiased_bilinear(out: tuple[int, int]):
     pixels = noise(3, SIDE, 30)
-    expected = F.interpolate(normalised(pixels), size=out, mode="bilinear", antialias=True, align_corners=False)
+    expected = resized(normalised(pixels), out)
     torch.testing.assert_close(image(prepare(chips(pixels), contract(), out)), expected, rtol=0, atol=1e-5)
 
 
@@ -94,7 +99,7 @@ def test_whole_pixel_crops_away_from_the_edges_of_the_crop(out: tuple[int, int])
     top, left, height, width = box
     made = image(prepare(chips(pixels), contract(), out, View(box=boxes(box, box))))
     cut = normalised(pixels)[:, :, top : top + height, left : left + width]
-    expected = F.interpolate(cut, size=out, mode="bilinear", antialias=True, align_corners=False)
+    expected = resized(cut, out)
     rows = slice(math.ceil(out[0] / height), -math.ceil(out[0] / height))
     columns = slice(math.ceil(out[1] / width), -math.ceil(out[1] / width))
     torch.testing.assert_close(made[..., rows, columns], expected[..., rows, columns], rtol=0, atol=1e-5)
@@ -144,7 +149,7 @@ class Recorded:
         return self.values[stream]
 
     def order(self, stream: str, n: int) -> Tensor:
-        return self.uniform(stream, n).argsort(1, stable=True)
+        return self.uniform(stream, n).argsort(dim=1, stable=True)
 
 
 @pytest.mark.parametrize("flip", ["none", "horizontal", "both"])
@@ -152,7 +157,7 @@ def test_quarter_turns_are_rot90_of_the_flipped(flip: str):
     """All turns with all flips, the validity with the pixels."""
     cases = [(turn, a, b) for turn in range(4) for a in (0, 1) for b in (0, 1)]
     pixels = noise(len(cases))
-    valid = (noise(len(cases), seed=1)[:, :1] > -3).to(torch.uint8)
+    valid = (noise(len(cases), seed=1)[:, :1] > -1).to(torch.uint8)
     drawn = Recorded(turn=[[turn / 4 + 0.1] for turn, *_ in cases], flip=[[0.9 - 0.8 * a, 0.9 - 0.8 * b] for _, a, b in cases])
     augment = Augment.model_validate({"crop": None, "flip": flip, "quarter_turns": True})
     turns = view(augment, drawn, torch.full((len(cases), 2), SIDE))  # pyright: ignore[reportArgumentType]
@@ -211,14 +216,12 @@ def test_validity_is_by_nearest_neighbour(out: tuple[int, int]):
 
 
 def test_resampling_averages_the_valid_ones_only():
-    pixels = torch.full((1, BANDS, 4, 4), 5.0)
-    valid = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+    """Around an invalid pixel the weights of the others fill up, so that a flat image stays flat."""
+    pixels, valid = torch.full((1, BANDS, 6, 6), 5.0), torch.ones(1, 1, 6, 6, dtype=torch.uint8)
     pixels[..., 0, 0], valid[..., 0, 0] = 1e9, 0
     made = prepare(chips(pixels, valid), contract(), (2, 2))
-    expected = normalised(torch.full((1, BANDS, 2, 2), 5.0))
-    shown = made.valid["made"].expand_as(expected)
-    torch.testing.assert_close(image(made)[shown], expected[shown])
-    assert shown[..., 1:, :].all()
+    assert made.valid["made"].all()
+    torch.testing.assert_close(image(made), normalised(torch.full((1, BANDS, 2, 2), 5.0)))
 
 
 @pytest.mark.parametrize("out", [(16, 16), (5, 5), (40, 40)])
@@ -233,9 +236,7 @@ def test_padding_is_never_seen(out: tuple[int, int]):
         made = prepare(chips(padded, valid, torch.tensor(sizes)), contract(), out)
         assert made.valid["made"].all()
         for n, (height, width) in enumerate(sizes):
-            alone = F.interpolate(
-                normalised(pixels[n : n + 1, :, :height, :width]), size=out, mode="bilinear", antialias=True, align_corners=False
-            )
+            alone = resized(normalised(pixels[n : n + 1, :, :height, :width]), out)
             torch.testing.assert_close(image(made)[n : n + 1], alone, rtol=0, atol=1e-5)
 
 
