@@ -37,9 +37,8 @@ def _shard(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from swath.launch.report import write_report
-
     from swath.launch.recipes import find
+    from swath.launch.report import write_report
     from swath.pretrain.config import read_recipe
     from swath.pretrain.trainer import pretrain
 

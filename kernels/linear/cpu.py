@@ -6,7 +6,6 @@ On processors without Intel's own paths in MKL its kernels are a tenth faster. N
 import torch
 from torch import Tensor
 
-
 # Whether this torch has oneDNN's linear operator; a constant, so that compiled code need not ask.
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
