@@ -40,12 +40,12 @@ def steps_done(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,7 +70,7 @@ def main() -> int:
         whole, killed = (read_lines(folder / r / "metrics.jsonl") for r in ("whole", "killed"))
         (_, a), (_, b) = (read_checkpoint(folder / r) for r in ("whole", "killed"))
         result = {
-            "command": " ".join(["python", "-m", "benchmarks.resume", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "benchmarks.resume", *(sys.argv[1:] if argv is None else argv)]),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "steps": STEPS,

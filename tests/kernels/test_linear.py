@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from swath.kernels.linear import Linear, cpu, linear, reference
 
@@ -65,6 +66,14 @@ def test_compile_and_export() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)
     assert torch.allclose(torch.export.export(layer, (x,)).module()(x), layer(x), atol=1e-5)
+
+
+@needs_onednn
+def test_operations_are_counted() -> None:
+    x, layer = torch.randn(100, 8, requires_grad=True), Linear(8, 6)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 100 * 8 * 6
 
 
 def test_empty_input() -> None:
