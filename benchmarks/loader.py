@@ -39,7 +39,7 @@ def ours(folder: Path, workers: int) -> Iterable[Any]:
 def theirs(folder: Path, workers: int, decoder: str) -> Iterable[Any]:
     """Shuffled in a buffer of 1,000, decoded, batched by the DataLoader's workers; repeats for ever, as ours does."""
     tars = sorted(str(path) for path in folder.glob("*.tar"))
-    data = webdataset.compat.WebDataset(tars, shardshuffle=False, resampled=False, empty_check=False).shuffle(1000)
+    data: Any = webdataset.compat.WebDataset(tars, shardshuffle=False, resampled=False, empty_check=False).shuffle(1000)
     data = data.decode("rgb8") if decoder == "default" else data.map(fast)
     data = data.map(picture).batched(BATCH, collation_fn=stack).repeat()
     return DataLoader(data, batch_size=None, num_workers=workers)
