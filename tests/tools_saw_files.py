@@ -20,7 +20,8 @@ def main() -> int:
         "import-linter": int(imports.stdout.split("Analyzed ")[1].split()[0]),
     }
     # templates travel with an export and are modules only there
-    in_package = sum(p.relative_to(ROOT).parts[0] not in ("tests", "benchmarks") and p.parent.name != "templates" for p in sources)
+    outside = ("tests", "benchmarks")
+    in_package = sum(p.relative_to(ROOT).parts[0] not in outside and p.parent.name != "templates" for p in sources)
     wanted = {"ruff": len(sources), "basedpyright": len(sources), "import-linter": in_package}
     short = [f"{tool} saw {seen[tool]} files of {wanted[tool]}" for tool in seen if seen[tool] < wanted[tool]]
     print("\n".join(short) or f"tools saw their files: {seen}", file=sys.stderr)
