@@ -139,8 +139,7 @@ def _pictures(run: Path) -> str:
     chosen = [paths[-1]] if len(paths) == 1 else [paths[0], paths[-1]]
     figures = [
         f'<figure><img alt="reconstructions" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{path.stem.replace('step-', 'step ').replace(' 0', ' ').lstrip('0')}: input, what the encoder saw, "
-        "reconstruction</figcaption></figure>"
+        f"<figcaption>step {int(path.stem[5:])}: input, what the encoder saw, reconstruction</figcaption></figure>"
         for path in chosen
     ]
     return "<h2>Reconstructions</h2>" + "".join(figures)

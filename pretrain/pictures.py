@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from swath.shards.bands import Band
+from swath.shards.bands import Band, InputContract
 from swath.shards.files import write_bytes
 
 
@@ -21,11 +21,12 @@ def display_bands(bands: Sequence[Band]) -> list[int]:
     return [0, 1, 2] if len(bands) >= 3 else [0, 0, 0]
 
 
-def sheet(images: dict[str, Tensor], bands: Sequence[Band], path: Path, *, samples: int = 6, zoom_to: int = 128) -> None:
-    """One row per sample, one column per image; each row shares the stretch of its first image's 2 to 98 percentiles."""
-    pick = display_bands(bands)
-    columns = [image[:samples, pick].float().cpu() for image in images.values()]
-    # bands are standardised already, so one stretch for the three keeps the colours
+def sheet(images: dict[str, Tensor], contract: InputContract, path: Path, *, samples: int = 6, zoom_to: int = 128) -> None:
+    """One row per sample, one column per image of normalised values, in their colours: back in the contract's unit, each row
+    stretched between the 2 and 98 percentiles of its first image, the three bands alike."""
+    pick = display_bands(contract.bands)
+    mean, std = (torch.tensor(v)[pick, None, None] for v in (contract.normalisation.mean, contract.normalisation.std))
+    columns = [image[:samples, pick].float().cpu() * std + mean for image in images.values()]
     first = columns[0].flatten(1)
     low, high = (torch.nanquantile(first, q, dim=1)[:, None, None, None] for q in (0.02, 0.98))
     gap, rows = 4, len(columns[0])

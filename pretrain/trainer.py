@@ -368,7 +368,7 @@ class _Trainer:
         for sign in row["warnings"]:
             log.warning("health at step %d: %s", self.step, sign)
         if pictures is not None:
-            sheet(pictures, self.contract.bands, self.run / "pictures" / f"step-{self.step:08d}.png")
+            sheet(pictures, self.contract, self.run / "pictures" / f"step-{self.step:08d}.png")
 
     # --- stopping and continuing ---
 
