@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from swath.pretrain import augment
 from swath.pretrain.checkpoint import read_checkpoint
 from swath.pretrain.config import read_recipe
 from swath.pretrain.objective import Outcome
 from swath.pretrain.objectives.mae import MAE
-from swath.pretrain.trainer import pretrain
+from swath.pretrain.trainer import _Trainer, pretrain
+from swath.shards.draw import Draw
 from swath.shards.errors import InputError
+from swath.shards.loader import Loader
+from swath.shards.order import SampleOrder
+from swath.shards.prepare import prepare
 from tests.shard_folders import make_shards
 
 RECIPE = """
@@ -135,3 +140,23 @@ def test_compiled_blocks_are_the_same(shards: Path, tmp_path: Path) -> None:
     plain = go(tmp_path / "plain", shards, "train.max_steps=2")
     compiled = go(tmp_path / "compiled", shards, "train.max_steps=2", "train.compile=true")
     assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in plain], rel=1e-4)  # fused sums round otherwise
+
+
+def test_the_gradient_is_of_the_loss_over_the_whole_batch(shards: Path, tmp_path: Path) -> None:
+    """AdamW hides a wrong factor, so its first moment after one step is held against autograd of numerator / weight."""
+    go(tmp_path / "run", shards, "train.max_steps=1", "train.micro_batch=2")
+    _, moments = read_checkpoint(tmp_path / "run", "optimizer.")
+    recipe = read_recipe(RECIPE, [f"run.dir={tmp_path / 'fresh'}", f"data.train={shards}"], name="test")
+    recipe.run.dir.mkdir()
+    trainer = _Trainer(recipe)
+    order = SampleOrder(trainer.reader.shard_sizes, seed=0)
+    chips = next(iter(Loader(trainer.reader, order, global_batch=8, micro_batch=8, workers=0)))
+    draw = Draw(0, chips.id, chips.visit)
+    batch = prepare(chips, trainer.contract, trainer.size, augment.view(recipe.data.augment, draw, chips.size))
+    outcome = trainer.model(batch, draw)
+    (outcome.numerator / outcome.weight).backward()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is not None
+        got = moments[f"{name}.exp_avg"] / 0.1  # 1 - beta1
+        # fp32 sums of four micro-batches in another order
+        assert torch.allclose(got, parameter.grad, rtol=1e-3, atol=1e-6), name
