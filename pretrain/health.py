@@ -8,6 +8,7 @@ from torch import Tensor
 
 _ROWS = 4096  # tokens looked at; enough for a rank of a few hundred
 RANK, DEVIATION, POSITIONAL = 0.5, 0.1, 0.9
+CLIMBING = 1.05  # times the rank of the look before
 
 
 def measure(pooled_bd: Tensor, tokens_bnd: Tensor) -> dict[str, float]:
@@ -45,14 +46,18 @@ def effective_rank(centred_nd: Tensor) -> float:
     return torch.exp(-(share * share.clamp_min(1e-300).log()).sum()).item()
 
 
-def _signs(row: dict[str, Any], first: dict[str, Any]) -> set[str]:
-    """What is wrong at one look, by name."""
+def _signs(row: dict[str, Any], before: dict[str, Any], first: dict[str, Any]) -> set[str]:
+    """What is wrong at one look, by name, given the look before and the one at initialisation.
+
+    A healthy run's rank dips while the first coarse structure is learned and then climbs, so a rank that is climbing is no sign.
+    """
     signs = set()
     for name in ("pooled", "tokens"):
-        if row[f"{name}_rank"] < RANK * first[f"{name}_rank"]:
-            signs.add(f"the effective rank of {name} features fell below half of its initial {first[f'{name}_rank']:.1f}")
-        if row[f"{name}_std"] < DEVIATION * first[f"{name}_std"]:
-            signs.add(f"the deviation of {name} features fell below a tenth of its initial {first[f'{name}_std']:.3g}")
+        rank, deviation = f"{name}_rank", f"{name}_std"
+        if row[rank] < RANK * first[rank] and row[rank] < CLIMBING * before[rank]:
+            signs.add(f"the effective rank of {name} features fell below half of its initial {first[rank]:.1f}")
+        if row[deviation] < DEVIATION * first[deviation]:
+            signs.add(f"the deviation of {name} features fell below a tenth of its initial {first[deviation]:.3g}")
     if row["positional"] > max(POSITIONAL, first["positional"]):
         signs.add("position alone explains over 90 % of the tokens' variance")
     return signs
@@ -62,4 +67,4 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What was wrong at the last two looks alike; `rows` starts with the look at initialisation."""
     if len(rows) < 3:
         return []
-    return sorted(_signs(rows[-1], rows[0]) & _signs(rows[-2], rows[0]))
+    return sorted(_signs(rows[-1], rows[-2], rows[0]) & _signs(rows[-2], rows[-3], rows[0]))

@@ -46,6 +46,14 @@ def test_health_is_silent() -> None:
     assert warnings([healthy(n) for n in range(5)]) == []
 
 
+def test_a_rank_that_dips_and_climbs_is_no_sign() -> None:
+    """The ranks of a healthy run on synthetic scenes: 97 at initialisation, then 33, 41, 54."""
+    rows = [{**healthy(0), "tokens_rank": rank} for rank in (96.9, 33.0, 41.1, 53.7, 55.9)]
+    assert all(warnings(rows[: n + 1]) == [] for n in range(len(rows)))
+    stuck = [{**healthy(0), "tokens_rank": rank} for rank in (96.9, 33.0, 33.1, 33.0)]
+    assert warnings(stuck[:3]) and warnings(stuck)
+
+
 def test_position_alone() -> None:
     torch.manual_seed(0)
     place = torch.randn(1, 16, 32).expand(256, -1, -1)
