@@ -1,6 +1,6 @@
 """Training steps of a recipe beside a plain re-implementation of the published graph, alternating in one process.
 
-    python benchmarks/step.py mae_vit_base --batch 16 --out benchmarks/results/step_mae_vit_base.json
+    python -m benchmarks.step mae_vit_base --batch 16 --out benchmarks/results/step_mae_vit_base.json
 
 A step is forward, backward and optimiser. Figures are images/s (median) and the ratio swath / plain pair by pair, so that a
 busy machine slows both alike. Plain runs in fp32 with torch's default AdamW, as published on a CPU; swath in fp32 and in bf16,
@@ -138,7 +138,7 @@ def main() -> int:
         print(f"alternation {number + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), file=sys.stderr)
     pick, gain = precision.choose(torch.device("cpu"), make_pass(recipe, args))
     result = {
-        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
         "images_per_second": {n: round(args.batch / statistics.median(s), 3) for n, s in seconds.items()},
