@@ -1,6 +1,6 @@
 """EuroSAT RGB from the published zip to probes, on a split by spatial blocks: figures beside the references of the same split.
 
-    python -m benchmarks.eurosat --zip EuroSAT_RGB.zip --split eurosat_rgb_split.csv --work out/eurosat
+    python benchmarks/eurosat.py --zip EuroSAT_RGB.zip --split eurosat_rgb_split.csv --work out/eurosat
 
 Shards are made, `recipes/eurosat_published.yaml` is trained for three seeds (the architecture and epochs of the published code's
 figures) and `recipes/eurosat.yaml` once (within an hour of two cores). Both are probed train → test; settings are chosen on val,
@@ -63,7 +63,7 @@ def main() -> int:
     hour = trained("eurosat", args.work / "hour", shards, args.overrides, size=128)
     means = {task: statistics.mean(made[task]["accuracy"] for made in seeds.values()) for task in PUBLISHED}
     result = {
-        "command": " ".join(["python", "-m", "benchmarks.eurosat", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/eurosat.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, torch {torch.__version__}",
         "equal_architecture_10_epochs": {

@@ -1,6 +1,6 @@
 """Images per second out of the input pipeline, beside webdataset, on the same shards of 64-pixel JPEG, alternating.
 
-    python -m benchmarks.loader --shards out/eurosat/train --out benchmarks/results/loader.json
+    python benchmarks/loader.py --shards out/eurosat/train --out benchmarks/results/loader.json
 
 Three ways to a batch of 256 uint8 images: swath's loader in its exact order with checksums; `webdataset` with its default decoder
 (Pillow) and a torch DataLoader; `webdataset` with simplejpeg, the decoder that swath uses, and a DataLoader. Equal workers.
@@ -99,7 +99,7 @@ def main() -> int:
             },
         }
     result = {
-        "command": " ".join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, torch {torch.__version__}, webdataset {webdataset.__version__}",
         **table,

@@ -1,6 +1,6 @@
 """Kill a run at arbitrary moments, continue it each time, and compare every loss and every weight with the uninterrupted run.
 
-    python -m benchmarks.resume --kills 10 --out benchmarks/results/resume.json
+    python benchmarks/resume.py --kills 10 --out benchmarks/results/resume.json
 
 Moments are drawn from the given seed; every third one waits for a checkpoint that is just being written.
 """
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         whole, killed = (read_lines(folder / r / "metrics.jsonl") for r in ("whole", "killed"))
         (_, a), (_, b) = (read_checkpoint(folder / r) for r in ("whole", "killed"))
         result = {
-            "command": " ".join(["python", "-m", "benchmarks.resume", *(sys.argv[1:] if argv is None else argv)]),
+            "command": " ".join(["python", "benchmarks/resume.py", *(sys.argv[1:] if argv is None else argv)]),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "steps": STEPS,
