@@ -11,21 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swath.kernels.scan.op import KEEP as STEPS
+from swath.kernels.scan.op import KEEP
 from swath.kernels.scan.reference import Scan, check_contents, visits
 
+STEPS = KEEP["cpu"]
 # Elements of (T, S, G, N, E) at a time; three such buffers are in use. More means fewer calls, and is for large inputs.
 _BLOCK = (1 << 18, 1 << 20)
 
 
 def forward(x: Scan, softplus: bool, reverse: bool, summed: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(y in the dtype of u, last state (K, S, D, N), states before every chunk (K, kept, N, D), none unless `save`)."""
+    """(y in the dtype of u, last state (K, S, D, N), states before every chunk (K, kept, D, N), none unless `save`)."""
     check_contents(x)
     plan = _Plan(x, softplus, reverse)
     directions, batch, length, width = x.delta.shape
     y_kmd = torch.zeros(1 if summed else directions, batch * length, width, dtype=plan.dtype)
     last_ksdn = torch.zeros(directions, plan.sequences, width, plan.states, dtype=plan.dtype)
-    kept = torch.zeros(directions, plan.kept if save else 0, plan.states, width, dtype=plan.dtype)
+    kept = torch.zeros(directions, plan.kept if save else 0, width, plan.states, dtype=plan.dtype)
     for k in range(directions):
         direction = plan.direction(k)
         for block in plan.blocks():
@@ -80,7 +81,7 @@ def backward(
                     grads["delta"] *= torch.where(chunk.raw > 20, 1.0, torch.sigmoid(chunk.raw))
                 grads["delta"] = chunk.zeroed(grads["delta"])
                 dbias_d += grads["delta"].sum(dim=(0, 1))
-                if x.D is not None:
+                if direction.skip_d is not None:
                     grads["u"] += dy_tsd * direction.skip_d
                 for name, grad in grads.items():
                     mine[name].index_add_(0, chunk.place, grad.flatten(0, 1))
@@ -222,10 +223,10 @@ class _Plan:
         return torch.zeros(len(block), self.groups, self.states, width // self.groups, dtype=self.dtype)
 
     def keep(self, kept: Tensor, chunk: _Chunk, state: Tensor) -> None:
-        kept[chunk.slots] = state[: chunk.rows].transpose(1, 2).flatten(2)
+        kept[chunk.slots] = state[: chunk.rows].transpose(2, 3).flatten(1, 2)
 
     def kept_state(self, kept: Tensor, chunk: _Chunk) -> Tensor:
-        return kept[chunk.slots].unflatten(2, (self.groups, -1)).transpose(1, 2).contiguous()
+        return self.layout(kept[chunk.slots])
 
     def chunks(self, k: int, block: Tensor) -> Iterator[_Chunk]:
         """The chunks of a block; sequences that have ended are left out."""

@@ -12,7 +12,8 @@ from swath.kernels.dispatch import Implementation, Operator, everywhere, on_cpu,
 from swath.kernels.scan import mamba_ssm
 from swath.kernels.scan.reference import Scan
 
-KEEP = 16  # steps between the states that forward keeps for backward
+# Steps between the states that forward keeps for backward: few enough to stay in a GPU's registers, and little memory on a CPU.
+KEEP = {"cpu": 16, "cuda": 8}
 OPERATOR = Operator(
     "selective_scan",
     Implementation("mamba_ssm", mamba_ssm.missing, automatic=False),
@@ -58,7 +59,7 @@ def scan(
     summed: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the canonical form: (y (B, L, D) or (K, B, L, D), last state (K, S, D, N), kept states (K, kept, N, D))."""
+    """Of the canonical form: (y (B, L, D) or (K, B, L, D), last state (K, S, D, N), kept states (K, kept, D, N))."""
     x = Scan(u, delta, A, B, C, D, z, delta_bias, order, mask, cu_seqlens, initial_state)
     return _module(u.device).forward(x, softplus, reverse, summed, save)
 
@@ -73,8 +74,8 @@ def _fake(
     sequences, states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, A.shape[2]
     y = u.new_empty(batch, length, width) if summed else u.new_empty(directions, batch, length, width)
     last = u.new_empty(directions, sequences, width, states, dtype=_dtype(u))
-    rows = batch * length // KEEP + sequences if save else 0
-    return y, last, u.new_empty(directions, rows, states, width, dtype=_dtype(u))
+    rows = batch * length // KEEP.get(u.device.type, 8) + sequences if save else 0
+    return y, last, u.new_empty(directions, rows, width, states, dtype=_dtype(u))
 
 
 @torch.library.custom_op("swath::selective_scan_backward", mutates_args=())

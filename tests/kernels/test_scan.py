@@ -201,7 +201,8 @@ def test_empty_and_constant_input() -> None:
 
 def canonical(given: Given, **options: Any) -> reference.Scan:
     arguments: dict[str, Any] = dict.fromkeys(inspect.signature(reference.canonical).parameters)
-    return reference.canonical(**arguments | {"reduce": "sum"} | given | options)
+    arguments |= {"reduce": "sum"} | given | options
+    return reference.canonical(**arguments)
 
 
 def test_opcheck() -> None:
