@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Recomputed, Tokens, gather, register, sincos_grid
+from swath.kernels.embed import visible_patch_embedding
 from swath.kernels.linear import Linear, linear
 
 EPS = 1e-6
@@ -79,26 +80,14 @@ class Block(Recomputed):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, applied as a matrix product to the patches that are asked for."""
+    """A convolution whose stride is its kernel, applied only to the patches that are asked for."""
 
     def __init__(self, bands: int, patch: int, width: int) -> None:
         super().__init__()
-        self.patch = patch
         self.proj = nn.Conv2d(bands, width, patch, patch)
 
     def forward(self, images_bchw: Tensor, keep: Tensor | None = None) -> Tensor:
-        return linear(patches(images_bchw, self.patch, keep).flatten(2), self.proj.weight.flatten(1), self.proj.bias)
-
-
-def patches(images_bchw: Tensor, patch: int, keep: Tensor | None = None) -> Tensor:
-    """(B, K, C, p, p): the patches at places `keep` (B, K) of the raster, all N when None. Others are never copied."""
-    batch, bands, height, width = images_bchw.shape
-    grid_bhwcpp = images_bchw.view(batch, bands, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    if keep is None:
-        return grid_bhwcpp.flatten(1, 2)
-    sample = torch.arange(batch, device=keep.device)[:, None]
-    columns = width // patch
-    return grid_bhwcpp[sample, keep // columns, keep % columns]
+        return visible_patch_embedding(images_bchw, self.proj.weight, self.proj.bias, keep)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def selective_scan(
     summed = reduce == "sum" or A.ndim == 2
     implementation = OPERATOR.choose(u.device)
     if implementation in ("reference", "mamba_ssm") and check_contents(u.device) and not torch.compiler.is_compiling():
-        reference.check_contents(x)
+        reference.check_contents(x.order, x.cu_seqlens, x.delta.shape[2])
     if implementation == "reference":
         return reference.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, order=order, reverse=reverse, mask=mask,

@@ -21,7 +21,7 @@ _BLOCK = (1 << 18, 1 << 20)
 
 def forward(x: Scan, softplus: bool, reverse: bool, summed: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y in the dtype of u, last state (K, S, D, N), states before every chunk (K, kept, D, N), none unless `save`)."""
-    check_contents(x)
+    check_contents(x.order, x.cu_seqlens, x.delta.shape[2])
     plan = _Plan(x, softplus, reverse)
     directions, batch, length, width = x.delta.shape
     y_kmd = torch.zeros(1 if summed else directions, batch * length, width, dtype=plan.dtype)

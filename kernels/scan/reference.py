@@ -161,10 +161,6 @@ def canonical(
         if tensor is not None and tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}; all must be on one device")
 
-    def integer(name: str, tensor: Tensor | None) -> None:
-        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64, not {tensor.dtype}")
-
     one_bld = (batch, length, width)
     fit("delta", delta, (*lead, *one_bld))
     fit("A", A, (*lead, width, states))
@@ -180,22 +176,8 @@ def canonical(
     for name, tensor in (("D", D), ("delta_bias", delta_bias)):
         fit(name, tensor, (width,), *([(directions, width)] if lead else []))
     fit("z", z, one_bld)
-    fit("mask", mask, (batch, length))
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, True where a token is present, not {mask.dtype}")
-    integer("order", order)
-    fit("order", order, (length,), *([(directions, length)] if lead else []), (batch, length),
-        *([(directions, batch, length)] if lead else []))  # fmt: skip
-    sequences = batch
-    if cu_seqlens is not None:
-        integer("cu_seqlens", cu_seqlens)
-        if batch != 1:
-            raise ValueError(f"cu_seqlens packs sequences into a batch of 1, but delta is {tuple(delta.shape)}")
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != u.device:
-            raise ValueError(
-                f"cu_seqlens must be (sequences + 1,) on {u.device}, not {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
-            )
-        sequences = len(cu_seqlens) - 1
+    order = canonical_order(order, mask, cu_seqlens, lead, (batch, length), u.device)
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
     fit("initial_state", initial_state, (*lead, sequences, width, states))
     for name, tensor in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z),
                          ("delta_bias", delta_bias), ("initial_state", initial_state)):  # fmt: skip
@@ -207,11 +189,6 @@ def canonical(
 
     if B.ndim == len(lead) + 3:
         B, C = B.unsqueeze(-2), C.unsqueeze(-2)
-    if order is not None and order.ndim < 3:
-        if order.ndim == 1:
-            order = order[None, None]
-        else:  # (K, L) before (B, L), where both fit
-            order = order[:, None] if lead and len(order) == directions else order[None]
     return Scan(
         lifted(u, 4), lifted(delta, 4), lifted(A, 3), lifted(B, 5), lifted(C, 5), None if D is None else lifted(D, 2), z,
         None if delta_bias is None else lifted(delta_bias, 2), order, mask, cu_seqlens,
@@ -219,25 +196,60 @@ def canonical(
     )  # fmt: skip
 
 
-def check_contents(x: Scan) -> None:
+def canonical_order(
+    order: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lead: tuple[int, ...],
+    size: tuple[int, int],
+    device: torch.device,
+) -> Tensor | None:
+    """`order` as (K or 1, B or 1, L), where `lead` is (K,) or () and `size` (B, L). ValueError for what does not fit them."""
+    batch, length = size
+    for name, tensor in (("order", order), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the tokens on {device}; all must be on one device")
+        if tensor is not None and name != "mask" and tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, not {tensor.dtype}")
+    if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be bool {(batch, length)}, True where a token is present, not {mask.dtype} {tuple(mask.shape)}"
+        )
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"cu_seqlens packs sequences into a batch of 1, but there are {batch} samples")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or len(cu_seqlens) < 2):
+        raise ValueError(f"cu_seqlens must be (sequences + 1,), not {tuple(cu_seqlens.shape)}")
+    if order is None:
+        return None
+    shapes = [(length,), (batch, length)] + ([(*lead, length), (*lead, batch, length)] if lead else [])
+    if tuple(order.shape) not in shapes:
+        raise ValueError(f"order must be {' or '.join(map(str, shapes))}, not {tuple(order.shape)}")
+    if order.ndim == 3:
+        return order
+    if order.ndim == 1:
+        return order[None, None]
+    # (K, L) before (B, L), where both fit
+    return order[:, None] if lead and len(order) == lead[0] else order[None]
+
+
+def check_contents(order: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
     """Raises ValueError for indices out of range, an order that misses or repeats a place, and packings with gaps.
 
-    It looks at values, so it costs a synchronisation on a GPU.
+    `order` is as `canonical_order` gives it. It looks at values, so it costs a synchronisation on a GPU.
     """
-    _, _, length, _ = x.delta.shape
-    if x.cu_seqlens is not None:
-        ends = x.cu_seqlens.tolist()
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != length or sorted(ends) != ends:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the length {length}, not {ends if len(ends) < 9 else [*ends[:8], '…']}"
             )
-    if x.order is None or length == 0:
+    if order is None or length == 0:
         return
-    if x.order.min() < 0 or x.order.max() >= length:
-        raise ValueError(f"order must be in 0 … {length - 1}, but has {int(x.order.min())} … {int(x.order.max())}")
-    if (x.order.long().sort(dim=-1).values != torch.arange(length, device=x.order.device)).any():
+    if order.min() < 0 or order.max() >= length:
+        raise ValueError(f"order must be in 0 … {length - 1}, but has {int(order.min())} … {int(order.max())}")
+    if (order.long().sort(dim=-1).values != torch.arange(length, device=order.device)).any():
         raise ValueError(f"order must visit each of the {length} places once; some are repeated and some missed")
-    if x.cu_seqlens is not None:
-        sequence_l = torch.bucketize(torch.arange(length, device=x.order.device), x.cu_seqlens[1:].long(), right=True)
-        if (sequence_l[x.order.long()] != sequence_l).any():
+    if cu_seqlens is not None:
+        sequence_l = torch.bucketize(torch.arange(length, device=order.device), cu_seqlens[1:].long(), right=True)
+        if (sequence_l[order.long()] != sequence_l).any():
             raise ValueError("order must stay within each sequence of cu_seqlens, but leads from one into another")

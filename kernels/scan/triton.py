@@ -20,7 +20,7 @@ _SHORTEST = 256  # steps of a segment
 def forward(x: Scan, softplus: bool, reverse: bool, summed: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y in the dtype of u, last state (K, S, D, N), states before every KEEP-th step (K, kept, D, N), none unless `save`)."""
     if check_contents(x.u.device):
-        reference.check_contents(x)
+        reference.check_contents(x.order, x.cu_seqlens, x.delta.shape[2])
     call = _Call(x, softplus, reverse, summed)
     directions, batch, length, width = x.delta.shape
     dtype = x.u.dtype if directions == 1 or not summed else torch.float32
@@ -166,9 +166,7 @@ class _Call:
             BD=_CHANNELS,
         )  # fmt: skip
         grid = (_ceil(start.shape[3], _CHANNELS), self.sequences, directions)
-        self.launch(
-            programs.chain, grid, a=self.a, added=added, passed=passed, start=start, BACK=back, N=self.padded, BD=_CHANNELS
-        )
+        self.launch(programs.chain, grid, added=added, passed=passed, start=start, BACK=back, N=self.padded, BD=_CHANNELS)
 
     def last_segment(self) -> Tensor | int:
         """The last segment of each sequence that has steps; the first one of an empty sequence."""

@@ -11,8 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Features, gather, sincos_grid
-from swath.backbones.vit import EPS, Block, ViTConfig, check_table, from_published, init_weights, patches
+from swath.backbones.vit import EPS, Block, ViTConfig, check_table, from_published, init_weights
 from swath.kernels.linear import Linear
+from swath.kernels.patch_loss import masked_patch_loss
 from swath.pretrain.masking import fill, kept, random_mask
 from swath.pretrain.objective import Draws, Objective, Outcome, register, token_validity
 from swath.shards.prepare import Batch
@@ -69,20 +70,19 @@ class MAE(Objective):
             weight_b = weight_b * (token_valid_bn.sum(dim=1) > self.keep)
         keep_bk, masked_bm = random_mask(draw, grid[2] * grid[3], self.keep, token_valid_bn)
         features = self.backbone.encode(self.backbone.tokenize(images_bchw, keep=keep_bk))
-        prediction_bmv = self.decode(features, keep_bk, masked_bm, grid).float()
-        target_bmv, mean, spread, pixel_valid_bmv = self._target(images_bchw, valid_b1hw, masked_bm)
-        square_bmv = (prediction_bmv - target_bmv) ** 2
-        if pixel_valid_bmv is None or token_valid_bn is None:
-            error_bm = square_bmv.mean(dim=2)
-            weight_bm = weight_b[:, None].expand_as(error_bm)
-        else:
-            share = pixel_valid_bmv.sum(dim=2)
-            error_bm = (square_bmv * pixel_valid_bmv).sum(dim=2) / share.clamp_min(1)
-            weight_bm = weight_b[:, None] * token_valid_bn.gather(1, masked_bm)
+        prediction_bmv = self.decode(features, keep_bk, masked_bm, grid)
+        patch, normalise = (self.patch, self.patch), self.config.normalise_patches
+        error_bm, mean_bm, spread_bm = masked_patch_loss(
+            prediction_bmv, images_bchw, masked_bm, patch=patch, normalise=normalise, valid_b1hw=valid_b1hw
+        )
+        weight_bm = weight_b[:, None].expand_as(error_bm)
+        if token_valid_bn is not None:
+            weight_bm = weight_bm * token_valid_bn.gather(1, masked_bm)
         numerator, weight = (error_bm * weight_bm).sum(), weight_bm.sum()
 
         def picture() -> dict[str, Tensor]:
-            return self._picture(images_bchw, masked_bm, prediction_bmv * spread + mean, grid)
+            made_bmv = prediction_bmv * spread_bm[..., None] + mean_bm[..., None]
+            return self._picture(images_bchw, masked_bm, made_bmv, grid)
 
         return Outcome(numerator, weight, {"pixels": (numerator.detach(), weight)}, picture)
 
@@ -113,27 +113,6 @@ class MAE(Objective):
             return prediction
         order = torch.cat([keep_bk, masked_bm], dim=1)
         return gather(prediction, order.argsort(dim=1))
-
-    def _target(
-        self, images_bchw: Tensor, valid_b1hw: Tensor | None, masked_bm: Tensor
-    ) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | None]:
-        """(target, mean, spread, pixel validity) of masked patches, values ordered row, column, band."""
-        target_bmv = rearrange(patches(images_bchw, self.patch, masked_bm), "b m c p q -> b m (p q c)")
-        valid_bmv = None
-        if valid_b1hw is not None:
-            bands = images_bchw.shape[1]
-            valid_bm1 = patches(valid_b1hw, self.patch, masked_bm).flatten(2)
-            valid_bmv = valid_bm1[..., None].expand(-1, -1, -1, bands).flatten(2)
-        if not self.config.normalise_patches:
-            return target_bmv, 0.0, 1.0, valid_bmv
-        if valid_bmv is None:
-            mean, variance = target_bmv.mean(dim=2, keepdim=True), target_bmv.var(dim=2, keepdim=True)
-        else:
-            count = valid_bmv.sum(dim=2, keepdim=True)
-            mean = target_bmv.sum(dim=2, keepdim=True) / count.clamp_min(1)  # invalid pixels are 0
-            variance = (((target_bmv - mean) * valid_bmv) ** 2).sum(dim=2, keepdim=True) / (count - 1).clamp_min(1)
-        spread = (variance + 1e-6) ** 0.5
-        return (target_bmv - mean) / spread, mean, spread, valid_bmv
 
     def _picture(
         self, images_bchw: Tensor, masked_bm: Tensor, made_bmv: Tensor, grid: tuple[int, int, int, int]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swath.backbones.base import create, registry, sincos_grid
-from swath.backbones.vit import Block, ViT, patches
+from swath.backbones.vit import Block, ViT
 
 
 def small(**options: object) -> ViT:
@@ -75,8 +75,6 @@ def test_patches_equal_a_convolution() -> None:
     project = backbone.patch_embed.proj
     by_conv = project(images).flatten(2).transpose(1, 2)
     assert torch.allclose(backbone.patch_embed(images), by_conv, atol=1e-5)
-    picked = patches(images, 8, torch.tensor([[3], [11]]))
-    assert torch.equal(picked[0, 0], images[0, :, :8, 24:]) and torch.equal(picked[1, 0], images[1, :, 16:, 24:])
 
 
 def test_recomputation_gives_the_same_gradients() -> None:
