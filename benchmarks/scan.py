@@ -107,8 +107,9 @@ class _Compiled(torch.autograd.Function):
         return torch.from_numpy(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(g) for g in _loop_backward(dy.contiguous().numpy(), *ctx.arrays, ctx.kept))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        compiled: Any = _loop_backward
+        return tuple(torch.from_numpy(g) for g in compiled(grads[0].contiguous().numpy(), *ctx.arrays, ctx.kept))
 
 
 def indexed(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -202,10 +203,11 @@ def extra_memory(given: list[Tensor], dy: Tensor) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         once(ours, given, dy)
     level = peak = 0
-    for event in record.profiler.kineto_results.events() if record.profiler else []:
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
+    events: Any = record.profiler
+    changes = [(e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]"]
+    for _, change in sorted(changes, key=lambda one: one[0]):
+        level += change
+        peak = max(peak, level)
     return peak
 
 

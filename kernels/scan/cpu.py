@@ -5,6 +5,7 @@ recomputes a chunk from it. Letters as in `reference.py`; e is a channel within 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,20 @@ from swath.kernels.scan.reference import Scan, check_contents, visits
 STEPS = KEEP["cpu"]
 # Elements of (T, S, G, N, E) at a time; three such buffers are in use. More means fewer calls, and is for large inputs.
 _BLOCK = (1 << 18, 1 << 20)
+# Of these, what a thread must have to be worth waking: with less, two threads gain a fifth, and lose much on a busy machine.
+_PER_THREAD = 1 << 17
 
 
 def forward(x: Scan, softplus: bool, reverse: bool, summed: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y in the dtype of u, last state (K, S, D, N), states before every chunk (K, kept, D, N), none unless `save`)."""
     check_contents(x.order, x.cu_seqlens, x.delta.shape[2])
     plan = _Plan(x, softplus, reverse)
+    with plan.threads():
+        return _forward(plan, summed, save)
+
+
+def _forward(plan: "_Plan", summed: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x = plan.x
     directions, batch, length, width = x.delta.shape
     y_kmd = torch.zeros(1 if summed else directions, batch * length, width, dtype=plan.dtype)
     last_ksdn = torch.zeros(directions, plan.sequences, width, plan.states, dtype=plan.dtype)
@@ -48,6 +57,12 @@ def backward(
 ) -> dict[str, Tensor]:
     """{argument: gradient, in the form of `Scan` and in its argument's dtype}; dy as y, dlast (K, S, D, N) as the last state."""
     plan = _Plan(x, softplus, reverse)
+    with plan.threads():
+        return _backward(plan, softplus, summed, kept, dy, dlast)
+
+
+def _backward(plan: "_Plan", softplus: bool, summed: bool, kept: Tensor, dy: Tensor, dlast: Tensor | None) -> dict[str, Tensor]:
+    x = plan.x
     directions, batch, length, width = x.delta.shape
     dy_kmd = dy.reshape(1 if summed else directions, batch * length, width)
     made = {name: torch.zeros(value.shape, dtype=plan.dtype) for name, value in x._asdict().items()
@@ -66,7 +81,7 @@ def backward(
             for chunk in reversed(list(plan.chunks(k, block))):
                 state, rows = plan.kept_state(kept[k], chunk), chunk.rows
                 a, h = chunk.run(direction, state)
-                dy_tsd = dy_kmd[0 if summed else k][chunk.place].to(plan.dtype).view(chunk.shape)
+                dy_tsd = dy_kmd[0 if summed else k].index_select(0, chunk.place).to(plan.dtype).view(chunk.shape)
                 dy_tsd = chunk.zeroed(dy_tsd)
                 if chunk.z is not None:
                     gate = torch.sigmoid(chunk.z)
@@ -127,17 +142,16 @@ class _Chunk:
 
     def run(self, direction: _Direction, state: Tensor) -> tuple[Tensor, Tensor]:
         """(a = exp(dt A), the state after each step)."""
-        groups = self.b.shape[2]
-        a, h = (self._buffer(number, direction) for number in (0, 1))
-        torch.mul(self.dt.unflatten(2, (groups, 1, -1)), direction.a_gne, out=a).exp_()
-        torch.mul((self.dt * self.u).unflatten(2, (groups, 1, -1)), self.b[..., None], out=h)
+        a, h = self._buffer(0, direction), self._buffer(1, direction)
+        torch.mul(self._rows(self.dt), direction.a_gne, out=a).exp_()
+        torch.mul(self._rows(self.dt * self.u), self.b[..., None], out=h)
         before = state
         for a_t, h_t in zip(a, h, strict=True):
             before = h_t.addcmul_(a_t, before)
         return a, h
 
     def output(self, direction: _Direction, h: Tensor, gated: bool = True) -> Tensor:
-        y_tsd = (self.c[..., None, :] @ h).flatten(2)
+        y_tsd = (self.c[..., None, :] @ h).view(self.shape)
         if direction.skip_d is not None:
             y_tsd = y_tsd + direction.skip_d * self.u
         return y_tsd * F.silu(self.z) if gated and self.z is not None else y_tsd
@@ -146,8 +160,7 @@ class _Chunk:
         self, direction: _Direction, state: Tensor, a: Tensor, h: Tensor, dy_tsd: Tensor, carry: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """(gradients of u, delta (after softplus), A, B, C; gradient of the state before the chunk); overwrites `a` and `h`."""
-        groups = self.b.shape[2]
-        dy = dy_tsd.unflatten(2, (groups, 1, -1))
+        dy = self._rows(dy_tsd)
         scratch = self._buffer(2, direction)
         # sums over e by product and sum: batched matrix-vector products are six times slower here
         grads = {"C": torch.mul(h, dy, out=scratch).sum(dim=4)}
@@ -160,16 +173,20 @@ class _Chunk:
         exponent = a.mul_(dh)  # its gradient, after the next two lines
         exponent[1:].mul_(h[:-1])
         exponent[0].mul_(state)
-        dt, u = self.dt.unflatten(2, (groups, -1)), self.u.unflatten(2, (groups, -1))
-        grads["B"] = torch.mul(dh, (dt * u)[..., None, :], out=h).sum(dim=4)
-        through_b = (self.b[..., None, :] @ dh)[..., 0, :]
-        grads["u"] = (through_b * dt).flatten(2)
-        grads["delta"] = torch.mul(exponent, direction.a_gne, out=h).sum(dim=3).add_(through_b * u).flatten(2)
-        grads["A"] = exponent.mul_(dt[..., None, :]).sum(dim=(0, 1))
+        grads["B"] = torch.mul(dh, self._rows(self.dt * self.u), out=h).sum(dim=4)
+        through_b = (self.b[..., None, :] @ dh).view(self.shape)
+        grads["u"] = through_b * self.dt
+        grads["delta"] = torch.mul(exponent, direction.a_gne, out=h).sum(dim=3).view(self.shape).addcmul_(through_b, self.u)
+        grads["A"] = exponent.mul_(self._rows(self.dt)).sum(dim=(0, 1))
         return grads, before
 
     def zeroed(self, tensor: Tensor) -> Tensor:
         return tensor if self.present is None else torch.where(self.present, tensor, 0.0)
+
+    def _rows(self, tensor_tsd: Tensor) -> Tensor:
+        """(T, S, G, 1, E)"""
+        steps, rows, groups = self.b.shape[:3]
+        return tensor_tsd.view(steps, rows, groups, 1, -1)
 
     def _buffer(self, number: int, direction: _Direction) -> Tensor:
         shape = (*self.u.shape[:2], *direction.a_gne.shape)
@@ -199,6 +216,16 @@ class _Plan:
         self.by_length = self.length_s.argsort(descending=True, stable=True)
         count = min(self.per_block, self.sequences) * min(STEPS, self.longest) * width * self.states
         self.buffers = tuple(torch.empty(count, dtype=self.dtype) for _ in range(3))
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """As many of torch's threads as a block feeds."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, min(before, len(self.buffers[0]) // _PER_THREAD)))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def direction(self, k: int) -> _Direction:
         a_gne = self.x.A[k].to(self.dtype).unflatten(0, (self.groups, -1)).transpose(1, 2).contiguous()
@@ -237,7 +264,7 @@ class _Plan:
         def found(tensor: Tensor, places: Tensor, present: Tensor | None, tail: int) -> Tensor:
             """(T, S, …), 0 where absent."""
             flat = tensor.flatten(0, 1)
-            taken = flat[places].to(self.dtype)
+            taken = flat.index_select(0, places).to(self.dtype)
             if present is not None:
                 taken.masked_fill_(~present.reshape(-1, *(1,) * tail), 0.0)
             return taken

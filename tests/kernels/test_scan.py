@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swath.kernels.dispatch import use
 from swath.kernels.scan import reference, selective_scan
+from swath.kernels.scan.op import OPERATOR
 
 Given = dict[str, Any]  # tensors by argument
 
@@ -251,6 +252,29 @@ def test_forced_implementations() -> None:
         selective_scan(**given)
     with pytest.raises(ValueError, match="there is no implementation 'fastest'"), use(selective_scan="fastest"):
         pass
+
+
+NO_MAMBA = OPERATOR.implementations["mamba_ssm"].missing("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(NO_MAMBA is not None, reason=f"mamba_ssm: {NO_MAMBA}")
+@pytest.mark.parametrize("without", [(), ("D", "z", "delta_bias")])
+def test_mamba_ssm_equals_the_reference(without: tuple[str, ...]) -> None:
+    given = inputs(2, 197, 64, 16, 1, without=("initial_state", *without), dtype=torch.float32)
+    given = {name: value.detach().cuda().requires_grad_() for name, value in given.items()}
+    with use(selective_scan="mamba_ssm"):
+        y: Any = selective_scan(**given, delta_softplus=True, order=torch.randperm(197, device="cuda"))
+    assert y.shape == given["u"].shape
+    with use(selective_scan="mamba_ssm"):
+        got = outcome_of_y(selective_scan, given)
+    compare(got, outcome_of_y(reference.selective_scan, given), 2e-5)  # its exponentials are approximate
+
+
+def outcome_of_y(way: Callable[..., Any], given: Given) -> dict[str, Tensor]:
+    """As `outcome`, without the last state, for which mamba-ssm has no gradient."""
+    y = way(**given, delta_softplus=True)
+    grads = torch.autograd.grad(y.square().sum(), list(given.values()))
+    return {"y": y.detach()} | {f"grad of {n}": g for n, g in zip(given, grads, strict=True)}
 
 
 GOOD = inputs(2, 9, 4, 3, 2)
