@@ -66,6 +66,11 @@ class Operator:
         return reasons
 
 
+def summary(device_type: str) -> str:
+    """One line: which implementation each operator takes on such a device."""
+    return ", ".join(f"{name} {operator.fastest(device_type)}" for name, operator in sorted(OPERATORS.items()))
+
+
 OPERATORS: dict[str, Operator] = {}
 _FORCED: dict[str, str] = {}
 

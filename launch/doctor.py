@@ -10,6 +10,7 @@ import torch
 
 import swath
 from swath.backbones.base import registry as backbones
+from swath.kernels.dispatch import OPERATORS
 from swath.pretrain.objective import registry as objectives
 
 _OPTIONAL = {
@@ -26,14 +27,23 @@ def doctor() -> str:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"),
         ("device", _device()),
         ("bf16", _bf16()),
-        ("attention", "torch scaled_dot_product_attention"),
     ]
     for package, (purpose, remedy) in _OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None
         rows.append((package, importlib.metadata.version(package) if found else f"not installed; {purpose} needs it: {remedy}"))
+    rows += _operators("cuda" if torch.cuda.is_available() else "cpu")
     rows.append(("backbones", ", ".join(backbones.names())))
     rows.append(("objectives", ", ".join(objectives.names())))
-    return "\n".join(f"{name:14}{text}" for name, text in rows)
+    return "\n".join(f"{name:25}{text}" for name, text in rows)
+
+
+def _operators(device_type: str) -> list[tuple[str, str]]:
+    """The implementation that each operator takes here, and why not a faster or an optional one."""
+    rows = []
+    for name, operator in sorted(OPERATORS.items()):
+        reasons = "; ".join(f"not {other}: {why}" for other, why in operator.unavailable(device_type).items())
+        rows.append((name, operator.fastest(device_type) + (f" ({reasons})" if reasons else "")))
+    return rows
 
 
 def _device() -> str:

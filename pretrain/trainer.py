@@ -23,6 +23,7 @@ from torch import Tensor
 
 import swath
 from swath.backbones import base
+from swath.kernels import dispatch
 from swath.pretrain import augment, checkpoint, cost, health, objective, precision
 from swath.pretrain.config import Recipe, refuse_changes
 from swath.pretrain.objective import Objective
@@ -227,6 +228,7 @@ class _Trainer:
             self.total, train.global_batch, len(self.reader), schedule.peak, self.chosen["precision"], self.device,
             self.micro, self.accumulate,
         )  # fmt: skip
+        log.info("operators: %s", dispatch.summary(self.device.type))
         data = self.recipe.data
         order = SampleOrder(self.reader.shard_sizes, seed=self.recipe.run.seed, window=data.window, lanes=data.lanes)
         loader = iter(

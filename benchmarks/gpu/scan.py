@@ -175,7 +175,7 @@ def _call(implementation: str, given: Given, order: Tensor | None = None) -> Cal
     def run() -> object:
         with use(selective_scan=implementation):
             y: Any = selective_scan(**given, delta_softplus=True, order=order)
-        return torch.autograd.grad(y, list(given.values()), torch.ones_like(y)) if grad else y
+            return torch.autograd.grad(y, list(given.values()), torch.ones_like(y)) if grad else y
 
     return run
 

@@ -3,10 +3,18 @@
 import torch
 from torch import Tensor, nn
 
+from swath.kernels.dispatch import Implementation, Operator, everywhere, on_cpu
 from swath.kernels.linear import reference
 from swath.kernels.linear.cpu import AVAILABLE, linear_cpu
 
 _ROWS = 64  # below this, calling costs more than the product
+
+
+def _missing(device_type: str) -> str | None:
+    return on_cpu(device_type) or (None if AVAILABLE else "this torch has no oneDNN linear operator")
+
+
+OPERATOR = Operator("linear", Implementation("cpu", _missing), Implementation("reference", everywhere))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +34,7 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.numel() >= _ROWS * x.shape[-1]
-        and AVAILABLE
+        and OPERATOR.choose(x.device) == "cpu"
     )
 
 

@@ -12,7 +12,8 @@ from swath.kernels.scan.op import KEEP
 from swath.kernels.scan.reference import Scan
 
 _CHANNELS = 32  # of a program: one warp
-_STATES = 4  # of a tile: a thread holds them of one channel, loaded 16 bytes at once
+# States of a tile, which a thread holds of one channel: 16 bytes at once; in backward fewer, or registers spill.
+_STATES, _STATES_BACK = 4, 2
 _ENOUGH = 4096  # programs that fill a large GPU
 _SHORTEST = 256  # steps of a segment
 
@@ -75,7 +76,7 @@ def backward(
         programs.backward, call.grid, dy=dy, kept=kept,
         carry=carry, du=du, ddelta=ddelta, da=da, db=db, dc=dc, dskip=dskip, dz=dz, dbias=dbias,
         dy_k=0 if summed else dy[0].numel(), HAS_SKIP=x.D is not None, HAS_Z=x.z is not None, N=call.padded,
-        NB=call.tile, BD=_CHANNELS, KEEP=call.keep, TOGETHER=call.together, SHARED=shared,
+        NB=min(call.tile, _STATES_BACK), BD=_CHANNELS, KEEP=call.keep, TOGETHER=call.together, SHARED=shared,
     )  # fmt: skip
     found: dict[str, Tensor | None] = {
         "u": du.sum(dim=0, keepdim=True) if shared else du,

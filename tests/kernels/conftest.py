@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
+_device_constructors()  # torch remembers these functions at first use: before they are replaced below
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from swath.kernels.dispatch import OPERATORS
 from swath.launch.cli import main
 from tests.shard_folders import RGB, make_shards
 
@@ -172,6 +174,10 @@ def test_shard_refuses_what_it_cannot_use(tmp_path: Path, capsys: pytest.Capture
 def test_doctor_recipes_index_inspect(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "torch" in out and "vit_base_patch16" in out
+    taken = {line.split()[0]: line.split()[1] for line in out.splitlines()}
+    assert set(OPERATORS) <= set(taken)
+    if not torch.cuda.is_available():
+        assert taken["selective_scan"] == "cpu" and "not triton: it needs a GPU" in out and "not mamba_ssm: " in out
     code, out, _ = run(capsys, "recipes")
     assert code == 0 and {"mae_vit_tiny", "mae_vit_base", "mae_vit_large"} <= {line.split()[0] for line in out.splitlines()}
 
