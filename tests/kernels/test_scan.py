@@ -183,6 +183,12 @@ def test_an_order_is_permuted_copies() -> None:
     assert isinstance(visited, Tensor) and torch.equal(visited[:, order], copied)  # type: ignore[arg-type]
 
 
+def test_where_both_fit_an_order_is_per_direction() -> None:
+    given, order = inputs(2, 20, 6, 4, None, 2), orders(2, length=20)
+    for way in (selective_scan, reference.selective_scan):
+        assert torch.equal(way(**given, order=order), way(**given, order=order[:, None].expand(-1, 2, -1)))
+
+
 def test_twice_gives_the_same_bits() -> None:
     given = inputs(3, 100, 24, 16, 2, 2, dtype=torch.float32)
     compare(outcome(selective_scan, given), outcome(selective_scan, given), 0.0)
