@@ -25,14 +25,27 @@ class Context:
 
 
 @dataclass
+class ProductKeep:
+    """Kept groups × kept positions of a grid: groups (B, g) and positions (B, n), int64, each ascending."""
+
+    groups: Tensor
+    positions: Tensor
+
+
+Keep = Tensor | ProductKeep  # (B, K) int64 places, ascending in raster order of the grid; or a product
+
+
+@dataclass
 class Tokens:
-    """x (B, K, D) embedded tokens; grid (dates, groups, rows, columns); keep (B, K) their places, None when all N are there;
-    box (N, 4) top, left, height, width in pixels of every place."""
+    """x (B, K, D) embedded tokens; grid (dates, groups, rows, columns); keep their places, None when all N are there;
+    box (N, 4) top, left, height, width in pixels of every place; present (B, K) bool, False for a token that is to be as if it
+    were not there, None when all are."""
 
     x: Tensor
     grid: tuple[int, int, int, int]
     box: Tensor
-    keep: Tensor | None = None
+    keep: Keep | None = None
+    present: Tensor | None = None
 
 
 @dataclass
@@ -60,25 +73,36 @@ class Recomputed(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Base of every backbone. `traits` is a subset of {"sparse", "ordered", "product"}."""
+    """Base of every backbone. `traits` is a subset of {"sparse", "ordered", "product"}.
+
+    sparse: any subset of tokens can be embedded and encoded; without it, what is masked is masked in pixels (`hide`), in units of
+    `mask_unit` pixels. ordered: the order of tokens carries meaning. product: a kept subset must be a ProductKeep.
+    """
 
     traits: ClassVar[frozenset[str]] = frozenset()
     config: Any
     width: int
     pooled_width: int
     depth: int
+    mask_unit: int  # side in pixels of what can be masked: the patch, or the total stride
+    fill: nn.Parameter  # (C,) what stands for a masked pixel of each band, where pixels are masked
 
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(dates, groups, rows, columns) of tokens for an image size; ValueError when the patch does not divide it."""
         raise NotImplementedError
 
-    def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Tensor | None = None) -> Tokens:
-        """Embed the image; with `keep` (B, K) int64, only those places are ever projected."""
+    def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
+        """Embed the image; with `keep`, only those places are ever projected."""
         raise NotImplementedError
 
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()) -> Features:
-        """Encode tokens; `keep` (B, K) int64, ascending in scan order, picks among tokens that were all embedded."""
+    def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
+        """Encode tokens; `keep` picks among tokens that were all embedded."""
         raise NotImplementedError
+
+    def hide(self, images_bchw: Tensor, hidden_bhw: Tensor) -> Tensor:
+        """The images with the units where `hidden` (B, H / mask_unit, W / mask_unit) is True replaced by the learned `fill`."""
+        pixels_b1hw = hidden_bhw.repeat_interleave(self.mask_unit, 1).repeat_interleave(self.mask_unit, 2)[:, None]
+        return torch.where(pixels_b1hw, self.fill.to(images_bchw.dtype)[:, None, None], images_bchw)
 
     def forward(self, images_bchw: Tensor, ctx: Context | None = None) -> Features:
         return self.encode(self.tokenize(images_bchw, ctx))
@@ -156,6 +180,14 @@ def sincos_grid(width: int, rows: Tensor, columns: Tensor) -> Tensor:
     by_column = sincos(width // 2, columns)[None].expand(len(rows), -1, -1)
     by_row = sincos(width // 2, rows)[:, None].expand(-1, len(columns), -1)
     return torch.cat([by_column, by_row], dim=2).flatten(0, 1)
+
+
+def places(keep: Keep, grid: tuple[int, int, int, int]) -> Tensor:
+    """(B, K) int64 places in raster order of the grid (dates, groups, rows, columns), of a product as well."""
+    if isinstance(keep, Tensor):
+        return keep
+    per_group = grid[2] * grid[3]
+    return (keep.groups[:, :, None] * per_group + keep.positions[:, None]).flatten(1)
 
 
 def gather(x_bnd: Tensor, index_bk: Tensor) -> Tensor:

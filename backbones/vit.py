@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, Context, Features, Recomputed, Tokens, gather, register, sincos_grid
+from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, gather, places, register, sincos_grid
 from swath.kernels.embed import visible_patch_embedding
 from swath.kernels.linear import Linear, linear
 
@@ -130,7 +130,7 @@ class ViT(Backbone):
         self.config = config
         self.width = config.width
         self.pooled_width = config.width * (3 if config.pool == "texture" else 1)
-        self.depth = config.depth
+        self.depth, self.mask_unit = config.depth, config.patch
         self.patch_embed = PatchEmbed(config.bands, config.patch, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         side = config.image_size // config.patch
@@ -150,14 +150,15 @@ class ViT(Backbone):
             raise ValueError(f"image of {height}×{width} pixels is not divisible by patch {patch}; {fits} would be")
         return 1, 1, height // patch, width // patch
 
-    def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Tensor | None = None) -> Tokens:
+    def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
         if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
             raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         # in the weights' dtype, so that a backbone loaded in bf16 stays in it
         position_nd = self.positions(grid[2], grid[3], images_bchw.device).to(self.patch_embed.proj.weight.dtype)
-        x_bkd = self.patch_embed(images_bchw, keep)
-        x_bkd = x_bkd + (position_nd if keep is None else position_nd[keep])
+        index_bk = None if keep is None else places(keep, grid)
+        x_bkd = self.patch_embed(images_bchw, index_bk)
+        x_bkd = x_bkd + (position_nd if index_bk is None else position_nd[index_bk])
         return Tokens(x_bkd, grid, _boxes(grid, self.config.patch, images_bchw.device), keep)
 
     def positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -172,8 +173,8 @@ class ViT(Backbone):
         resized = F.interpolate(table_1dhw.float(), (rows, columns), mode="bicubic", align_corners=False)
         return resized.flatten(2)[0].T
 
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()) -> Features:
-        x_bkd = tokens.x if keep is None else gather(tokens.x, keep)
+    def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
+        x_bkd = tokens.x if keep is None else gather(tokens.x, places(keep, tokens.grid))
         x_btd = torch.cat([self.cls_token.to(x_bkd.dtype).expand(len(x_bkd), -1, -1), x_bkd], dim=1)
         tapped = {-1: x_btd} if -1 in taps else {}
         for number, block in enumerate(self.blocks):
