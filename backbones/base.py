@@ -80,6 +80,7 @@ class Backbone(nn.Module):
     """
 
     traits: ClassVar[frozenset[str]] = frozenset()
+    tiny: ClassVar[dict[str, Any]]  # options that make a small one of any of its names, `bands` and `image_size` among them
     config: Any
     width: int
     pooled_width: int
@@ -135,6 +136,10 @@ class Registry:
 
     def names(self) -> list[str]:
         return sorted(self._entries)
+
+    def families(self) -> dict[Any, str]:
+        """One name of every class."""
+        return {entry.build: name for name, entry in sorted(self._entries.items(), reverse=True)}
 
     def entry(self, name: str) -> Entry:
         """The entry called `name`; ValueError with the nearest name if there is none."""

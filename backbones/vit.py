@@ -123,6 +123,7 @@ class ViT(Backbone):
     """Patches of all bands together (one group), a class token, pre-norm blocks, a final norm."""
 
     traits = frozenset({"sparse"})
+    tiny = {"bands": 4, "image_size": 32, "patch": 8, "width": 48, "depth": 2, "heads": 3}
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -1,0 +1,129 @@
+"""Parameters, operations, images/s and peak memory of every family; those of linear cost at larger images too.
+
+    python benchmarks/backbones.py [--names vim_small vit_base_patch16] [--sizes 224 512] [--out benchmarks/results/backbones.json]
+
+Forward passes of one image of 3 bands without gradients, in fp32 on a CPU, bf16 autocast on a GPU. Peak memory is what the
+allocator held at most beyond weights and input. For families of linear cost the exponents of time and memory over tokens are
+fitted (1 is linear), between 512² and the largest size.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from swath.backbones.base import Backbone, create, registry
+
+SIZES, LARGER = [224], [512, 1024, 2048]
+
+
+def linear_cost(build: type[Backbone]) -> bool:
+    """Scans and pyramids; attention over all tokens is quadratic."""
+    return "ordered" in build.traits or "sparse" not in build.traits
+
+
+def chosen() -> list[str]:
+    """A name of each family: its small or base size, at patch 16 where there is a choice."""
+    names = []
+    for build in registry.families():
+        own = [name for name in registry.names() if registry.entry(name).build is build]
+        names.append(min(own, key=lambda name: ("_base" not in name, "patch16" not in name and "patch" in name, len(name))))
+    return sorted(names)
+
+
+def peak_bytes(backbone: Backbone, x: torch.Tensor) -> int:
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        backbone(x)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        backbone(x)
+    results: Any = record.profiler
+    changes = sorted((e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")
+    level = peak = 0
+    for _, change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def measure(backbone: Backbone, size: int, device: torch.device, seconds: float) -> dict[str, Any]:
+    x = torch.randn(1, backbone.config.bands, size, size, device=device)
+    grid = backbone.grid(size, size)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with FlopCounterMode(display=False) as counter:
+            backbone(x)
+        memory = peak_bytes(backbone, x)
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < seconds:
+            start = time.perf_counter()
+            backbone(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+            if sum(times) > 20 * seconds:
+                break
+    return {
+        "tokens": math.prod(grid),
+        "gflop": round(counter.get_total_flops() / 1e9, 2),
+        "images_per_second": round(1 / statistics.median(times), 3),
+        "peak_mib": round(memory / 2**20, 1),
+    }
+
+
+def exponent(rows: dict[str, dict[str, Any]], key: str) -> float | None:
+    """Slope of log(value) over log(tokens), by least squares."""
+    points = [(math.log(r["tokens"]), math.log(r[key] if key == "peak_mib" else 1 / r[key])) for r in rows.values()]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (statistics.mean(values) for values in zip(*points, strict=True))
+    return round(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points), 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="*", default=chosen())
+    parser.add_argument("--sizes", nargs="*", type=int, default=SIZES)
+    parser.add_argument("--larger", nargs="*", type=int, default=LARGER)
+    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each timing, at least")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    families: dict[str, Any] = {}
+    for name in args.names:
+        entry = registry.entry(name)
+        bands = entry.build.tiny["bands"] if entry.build.tiny["bands"] % 3 == 0 else 3
+        backbone = create(name, bands=bands, image_size=224).eval().to(device)
+        row: dict[str, Any] = {"parameters": sum(p.numel() for p in backbone.parameters()), "bands": bands}
+        row["at"] = {str(size): measure(backbone, size, device, args.seconds) for size in args.sizes}
+        if linear_cost(entry.build):
+            larger = {str(size): measure(backbone, size, device, args.seconds) for size in args.larger}
+            row["at"] |= larger
+            row["exponents"] = {key: exponent(larger, key) for key in ("images_per_second", "peak_mib")}
+        families[name] = row
+        print(name, json.dumps(row), flush=True)
+    result = {
+        "command": " ".join(["python", "benchmarks/backbones.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(),
+        "families": families,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
