@@ -1,6 +1,6 @@
 """Parameters, operations, images/s and peak memory of every family; those of linear cost at larger images too.
 
-    python benchmarks/backbones.py [--names vim_small vit_base_patch16] [--sizes 224 512] [--out benchmarks/results/backbones.json]
+    python benchmarks/backbones.py [--names vim_small vit_base_patch16] [--sizes 224 512] [--out FILE]
 
 Forward passes of one image of 3 bands without gradients, in fp32 on a CPU, bf16 autocast on a GPU. Peak memory is what the
 allocator held at most beyond weights and input. For families of linear cost the exponents of time and memory over tokens are

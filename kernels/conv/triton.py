@@ -47,13 +47,13 @@ def _before_activation(
 
 @triton.jit
 def _forward(
-    x, weight, bias, before, y, batch, length, width, x_k, x_b, x_l, bias_k, table_w, table_k, table_b,
+    x, weight, bias, before, y, blocks, batch, length, width, x_k, x_b, x_l, bias_k, table_w, table_k, table_b,
     HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TAPS: tl.constexpr,
     BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    k = (tl.program_id(2) // batch).to(tl.int64)
-    b = (tl.program_id(2) % batch).to(tl.int64)
-    place_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    k = (tl.program_id(0) // blocks // batch).to(tl.int64)
+    b = (tl.program_id(0) // blocks % batch).to(tl.int64)
+    place_l = tl.program_id(0) % blocks * BL + tl.arange(0, BL)
     inside_l = place_l < length
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     live_d = d < width
@@ -72,14 +72,15 @@ def _forward(
 
 @triton.jit
 def _backward_weight(
-    dy, x, weight, bias, before, dz, dweight, dbias, batch, length, width, x_k, x_b, x_l, bias_k, table_w, table_k, table_b,
+    dy, x, weight, bias, before, dz, dweight, dbias, blocks, batch, length, width, x_k, x_b, x_l, bias_k,
+    table_w, table_k, table_b,
     HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TAPS: tl.constexpr,
     BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dz (K, B, L, D) before the activation; dweight (K, parts, W, D) and dbias (K, parts, D) of this program's places."""
-    k = (tl.program_id(2) // batch).to(tl.int64)
-    b = (tl.program_id(2) % batch).to(tl.int64)
-    place_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    k = (tl.program_id(0) // blocks // batch).to(tl.int64)
+    b = (tl.program_id(0) // blocks % batch).to(tl.int64)
+    place_l = tl.program_id(0) % blocks * BL + tl.arange(0, BL)
     inside_l = place_l < length
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     live_d = d < width
@@ -96,7 +97,7 @@ def _backward_weight(
         gate_ld = 1.0 / (1.0 + tl.exp(-z_ld))
         dz_ld *= gate_ld * (1.0 + z_ld * (1.0 - gate_ld))
     tl.store(dz + at_ld, dz_ld, mask=inside_l[:, None] & live_d[None, :])
-    part = (k * batch + b) * tl.num_programs(0) + tl.program_id(0)
+    part = tl.program_id(0).to(tl.int64)
     for back in tl.static_range(TAPS):
         found_l, there_l = _neighbour(place_l, inside_l, back, table_at, table_w, length, HAS_TABLE, REVERSE)
         from_ld = found_l.to(tl.int64)[:, None] * x_l + d[None, :]
@@ -107,13 +108,13 @@ def _backward_weight(
 
 @triton.jit
 def _backward_x(
-    dz, weight, after, dx, batch, length, width, directions, table_w, table_k, table_b,
+    dz, weight, after, dx, blocks, batch, length, width, directions, table_w, table_k, table_b,
     SHARED: tl.constexpr, HAS_TABLE: tl.constexpr, REVERSE: tl.constexpr, TAPS: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dx (K, B, L, D), or (1, B, L, D), the sum over directions, if SHARED."""
-    own = (tl.program_id(2) // batch).to(tl.int64)
-    b = (tl.program_id(2) % batch).to(tl.int64)
-    place_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    own = (tl.program_id(0) // blocks // batch).to(tl.int64)
+    b = (tl.program_id(0) // blocks % batch).to(tl.int64)
+    place_l = tl.program_id(0) % blocks * BL + tl.arange(0, BL)
     inside_l = place_l < length
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     live_d = d < width
@@ -150,7 +151,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     directions, width, taps = weight.shape
     grid = _grid(x, directions)
-    parts = (directions, x.shape[1] * grid[0])
+    parts = (directions, grid[0] // directions)
 
     def made(*shape: int) -> Tensor:
         return x.new_empty(*shape, dtype=torch.float32)
@@ -165,7 +166,8 @@ def backward(
 
 
 def _grid(x: Tensor, directions: int) -> tuple[int, int, int]:
-    return -(-x.shape[2] // _PLACES), -(-x.shape[3] // _CHANNELS), directions * x.shape[1]
+    # samples and places first: only the first axis may pass 65535
+    return directions * x.shape[1] * -(-x.shape[2] // _PLACES), -(-x.shape[3] // _CHANNELS), 1
 
 
 def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | None, reverse: bool) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | N
         strides = [stride if size > 1 else 0 for size, stride in zip(table.shape[:3], table.stride()[:3], strict=True)]
     return {
         "x": x, "weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous(), "before": table,
-        "batch": x.shape[1], "length": x.shape[2], "width": x.shape[3],
+        "blocks": -(-x.shape[2] // _PLACES), "batch": x.shape[1], "length": x.shape[2], "width": x.shape[3],
         "x_k": x.stride(0) if len(x) > 1 else 0, "x_b": x.stride(1), "x_l": x.stride(2),
         "bias_k": bias.shape[1] if bias is not None and len(bias) > 1 else 0,
         "table_w": strides[0], "table_k": strides[1], "table_b": strides[2],

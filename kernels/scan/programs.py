@@ -87,9 +87,9 @@ def forward(
     WIDE: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """y and the last state; TOGETHER directions one after the other in one program, added up in y."""
-    block = tl.program_id(0)
-    s = tl.program_id(1) // segments
-    piece = tl.program_id(1) % segments
+    block = tl.program_id(1)
+    s = tl.program_id(0) // segments
+    piece = tl.program_id(0) % segments
     group = block // blocks
     within = (block % blocks) * BD + tl.arange(0, BD)
     live_d = within < per_group
@@ -178,9 +178,9 @@ def carry(
 
     Forward: h = a h + dt x v with x = u and v = B. BACK, from its end: q = a (q + x v) with x = the gradient of y and v = C.
     """
-    block = tl.program_id(0)
-    s = tl.program_id(1) // segments
-    piece = tl.program_id(1) % segments
+    block = tl.program_id(1)
+    s = tl.program_id(0) // segments
+    piece = tl.program_id(0) % segments
     k = tl.program_id(2).to(tl.int64)
     group = block // blocks
     within = (block % blocks) * BD + tl.arange(0, BD)
@@ -239,8 +239,8 @@ def chain(
     PACKED: tl.constexpr, BACK: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """`start`, which holds what comes into the first segment (BACK: the last one that has steps), gets what comes into each."""
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    s = tl.program_id(1)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    s = tl.program_id(0)
     k = tl.program_id(2).to(tl.int64)
     n = tl.arange(0, N)
     live_d = d < width
@@ -274,9 +274,9 @@ def backward(
     du (if SHARED) and dz add up TOGETHER directions; da, dskip, dbias are per (direction, sequence, segment), db and dc per
     block of channels. What the last pass over a chunk needs it loads again: registers are what is short.
     """
-    block = tl.program_id(0)
-    s = tl.program_id(1) // segments
-    piece = tl.program_id(1) % segments
+    block = tl.program_id(1)
+    s = tl.program_id(0) // segments
+    piece = tl.program_id(0) % segments
     group = block // blocks
     within = (block % blocks) * BD + tl.arange(0, BD)
     live_d = within < per_group

@@ -119,7 +119,8 @@ class _Call:
         enough = programs * self.segments // directions >= _ENOUGH // 4
         self.together = directions if summed and enough else 1
         self.kept_rows = batch * length // self.keep + self.sequences
-        self.grid = (self.groups * self.blocks, self.sequences * self.segments, directions // self.together)
+        # sequences first: only the first axis may pass 65535
+        self.grid = (self.sequences * self.segments, self.groups * self.blocks, directions // self.together)
         self.order = None if x.order is None else x.order.to(torch.int32).contiguous()
         self.fixed: dict[str, Any] = {
             "u": x.u, "delta": x.delta, "a": x.A.contiguous(), "b": x.B, "c": x.C, "skip": x.D, "z": x.z, "bias": x.delta_bias,
@@ -166,7 +167,7 @@ class _Call:
             added=added, passed=passed, HAS_Z=back and self.x.z is not None, BACK=back, N=self.padded, NB=self.tile,
             BD=_CHANNELS,
         )  # fmt: skip
-        grid = (_ceil(start.shape[3], _CHANNELS), self.sequences, directions)
+        grid = (self.sequences, _ceil(start.shape[3], _CHANNELS), directions)
         self.launch(programs.chain, grid, added=added, passed=passed, start=start, BACK=back, N=self.padded, BD=_CHANNELS)
 
     def last_segment(self) -> Tensor | int:
