@@ -73,10 +73,11 @@ class Recomputed(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Base of every backbone. `traits` is a subset of {"sparse", "ordered", "product"}.
+    """Base of every backbone. `traits` says what it can do:
 
     sparse: any subset of tokens can be embedded and encoded; without it, what is masked is masked in pixels (`hide`), in units of
-    `mask_unit` pixels. ordered: the order of tokens carries meaning. product: a kept subset must be a ProductKeep.
+    `mask_unit` pixels. ordered: the order of tokens carries meaning. product: a kept subset must be a ProductKeep. any_bands:
+    images may have any number of bands.
     """
 
     traits: ClassVar[frozenset[str]] = frozenset()

@@ -6,7 +6,7 @@ grid, k kept tokens, t all tokens with the class token, d width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ class ViT(Backbone):
     """Patches of all bands together (one group), a class token, pre-norm blocks, a final norm."""
 
     traits = frozenset({"sparse"})
-    tiny = {"bands": 4, "image_size": 32, "patch": 8, "width": 48, "depth": 2, "heads": 3}
+    tiny: ClassVar[dict[str, Any]] = {"bands": 4, "image_size": 32, "patch": 8, "width": 48, "depth": 2, "heads": 3}
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

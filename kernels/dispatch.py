@@ -36,16 +36,17 @@ class Operator:
         OPERATORS[name] = self
 
     def choose(self, device: torch.device) -> str:
-        """The implementation for tensors on `device`.
+        """The implementation for tensors on `device`; on the meta device, where only shapes are made, that of a CPU.
 
         Raises ValueError where `use` asked for one that cannot run there.
         """
+        kind = "cpu" if device.type == "meta" else device.type
         if (forced := _FORCED.get(self.name)) is not None:
-            reason = _missing(self.name, forced, device.type)
+            reason = _missing(self.name, forced, kind)
             if reason is not None and not (forced == "triton" and interpreted()):
-                raise ValueError(f"{self.name}: {forced} cannot take a tensor on {device.type}: {reason}")
+                raise ValueError(f"{self.name}: {forced} cannot take a tensor on {kind}: {reason}")
             return forced
-        return self.fastest(device.type)
+        return self.fastest(kind)
 
     def fastest(self, device_type: str) -> str:
         """The first automatic implementation that can run on such a device; taking a slow one on a GPU warns once."""
@@ -151,3 +152,10 @@ def with_triton(device_type: str) -> str | None:
 def check_contents(device: torch.device) -> bool:
     """Whether to look into indices and packings: always on a CPU, on a GPU (a synchronisation) where SWATH_CHECK=1."""
     return device.type == "cpu" or os.environ.get("SWATH_CHECK") == "1"
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts products to on such a device; None outside of it, and where there is no autocast."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from swath.kernels.axial import reference
 from swath.kernels.axial.op import attention_along, fits
-from swath.kernels.dispatch import Implementation, Operator, everywhere, with_triton
+from swath.kernels.dispatch import Implementation, Operator, autocast_dtype, everywhere, with_triton
 
 OPERATOR = Operator(
     "axial_attention",
@@ -32,8 +32,8 @@ def axial_attention(
     """
     _check(q, k, v, axis, mask)
     device = q.device.type
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if (dtype := autocast_dtype(device)) is not None:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     implementation = OPERATOR.choose(q.device)
     if implementation == "reference":
         return reference.axial_attention(q, k, v, axis, mask=mask, scale=scale)
@@ -55,7 +55,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, axis: str, mask: Tensor | None) -> N
         raise ValueError(f'axis must be "spectral" or "spatial", not {axis!r}')
     if q.ndim != 5 or not q.is_floating_point():
         raise ValueError(f"q must be (B, G, N, H, E), floating point, not {tuple(q.shape)} {q.dtype}")
-    autocast = torch.is_autocast_enabled(q.device.type)
+    autocast = autocast_dtype(q.device.type) is not None
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(f"{name} must be as q, {tuple(q.shape)}, not {tuple(x.shape)}")

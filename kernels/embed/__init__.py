@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from swath.kernels.dispatch import Implementation, Operator, check_contents, everywhere, on_cpu, with_triton
+from swath.kernels.dispatch import Implementation, Operator, autocast_dtype, check_contents, everywhere, on_cpu, with_triton
 from swath.kernels.embed import cpu, op, reference
 
 OPERATOR = Operator(
@@ -37,11 +37,6 @@ def visible_patch_embedding(
     if choice == "cpu":
         return cpu.visible_patch_embedding(images_bchw, weight_dcpq, bias_d, index_bk)
     return reference.visible_patch_embedding(images_bchw, weight_dcpq, bias_d, index_bk)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast casts products to on such a device; None outside of it."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _check(images_bchw: Tensor, weight_dcpq: Tensor, bias_d: Tensor | None, index_bk: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from swath.kernels.dispatch import Implementation, Operator, everywhere
+from swath.kernels.dispatch import Implementation, Operator, autocast_dtype, everywhere
 from swath.kernels.joint import reference, xformers
 
 OPERATOR = Operator(
@@ -24,8 +24,8 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = No
     """
     _check(q, k, v, mask)
     device = q.device.type
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if (dtype := autocast_dtype(device)) is not None:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     chosen = xformers if OPERATOR.choose(q.device) == "xformers" else reference
     return chosen.joint_attention(q, k, v, mask=mask, scale=scale)
 
@@ -33,7 +33,7 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = No
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if q.ndim != 4 or not q.is_floating_point():
         raise ValueError(f"q must be (B, H, T, E), floating point, not {tuple(q.shape)} {q.dtype}")
-    autocast = torch.is_autocast_enabled(q.device.type)
+    autocast = autocast_dtype(q.device.type) is not None
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(f"{name} must be as q, {tuple(q.shape)}, not {tuple(x.shape)}")

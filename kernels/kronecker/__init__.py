@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swath.kernels.axial.op import attention_along, fits
-from swath.kernels.dispatch import Implementation, Operator, everywhere, with_triton
+from swath.kernels.dispatch import Implementation, Operator, autocast_dtype, everywhere, with_triton
 from swath.kernels.kronecker import reference
 from swath.kernels.kronecker.op import kronecker_projection
 
@@ -46,9 +46,7 @@ def kronecker_attention(
     Raises ValueError for shapes, dtypes and devices that do not fit, naming the argument.
     """
     _check(qc, kc, vc, qs, ks, vs, weight, bias, mask)
-    device = qc.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(qc.device.type)) is not None:
         qc, kc, vc, qs, ks, vs, weight = (x.to(dtype) for x in (qc, kc, vc, qs, ks, vs, weight))
         bias = None if bias is None else bias.to(dtype)
     implementation = OPERATOR.choose(qc.device)
@@ -98,7 +96,7 @@ def _check(
     ):
         raise ValueError(f"mask must be bool, ([{qs.shape[0]},] {positions}, {positions}), not {mask.dtype} {tuple(mask.shape)}")
     named = {"kc": kc, "vc": vc, "qs": qs, "ks": ks, "vs": vs, "weight": weight, "bias": bias}
-    autocast = torch.is_autocast_enabled(qc.device.type)
+    autocast = autocast_dtype(qc.device.type) is not None
     for name, x in {"qc": qc, **named, "mask": mask}.items():
         if x is None:
             continue

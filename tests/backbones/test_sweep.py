@@ -1,5 +1,6 @@
 """Every registered family, swept: a small one trains, is saved and loaded, and its traits mean what they say."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def keep_some(backbone: Backbone, x_bchw: Tensor) -> Tensor | ProductKeep:
     if "product" in backbone.traits:
         return ProductKeep(half(groups), half(rows * columns))
     return half(dates * groups * rows * columns)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_name_builds(name: str) -> None:
+    """At its own size, on the meta device: nothing is allocated."""
+    bands = registry.entry(name).preset.get("bands", 4)
+    with torch.device("meta"):
+        backbone = create(name, bands=bands, image_size=224 // 14 * 14)
+        side = 2 * math.lcm(backbone.mask_unit, 16)
+        assert backbone(torch.zeros(1, bands, side, 2 * side)).pooled.shape == (1, backbone.pooled_width)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

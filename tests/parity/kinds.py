@@ -13,6 +13,7 @@ from swath.kernels.scan import selective_scan
 from swath.pretrain.masking import places, random_mask
 from swath.pretrain.objectives.mae import MAE, MAEConfig, load_published
 from swath.shards.prepare import Batch
+from tests.parity import kinds_less, kinds_mamba
 from tests.parity.fixtures import Fixture, Replay
 
 Results = dict[str, Tensor | float]
@@ -145,4 +146,6 @@ KINDS: dict[str, Callable[[Fixture], Results]] = {
     "selective_scan": of_both(scan),
     "bidirectional_scan": of_both(bidirectional_scan),
     "cross_scan": of_both(cross_scan),
+    **kinds_mamba.KINDS,
+    **kinds_less.KINDS,
 }

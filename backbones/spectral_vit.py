@@ -1,0 +1,94 @@
+"""3-D spectral vision transformer (SpectralGPT, Hong et al. 2024, arXiv:2311.07113): cubes of neighbouring bands as tokens.
+
+Letters: b sample, h w pixels, g cubes along the spectrum, n places of the raster, k kept tokens, d width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swath.backbones.base import Context, register
+from swath.backbones.group_vit import SIZES, TINY, GridConfig, GridViT, require
+from swath.kernels.embed import visible_patch_embedding
+
+
+@dataclass(frozen=True)
+class SpectralViTConfig(GridConfig):
+    """`cube` neighbouring bands make one token; `bands` is a multiple of it."""
+
+    cube: int = 3
+
+
+class CubeEmbed(nn.Module):
+    """A 3-D convolution whose stride is its kernel, applied only to the cubes that are asked for."""
+
+    def __init__(self, cube: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(1, width, (cube, patch, patch), (cube, patch, patch))
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+
+    def forward(self, images_bchw: Tensor, index_bk: Tensor | None = None) -> Tensor:
+        """(B, K, D); numbers of cubes run along the raster, then along the spectrum."""
+        weight = self.proj.weight[:, 0]
+        return visible_patch_embedding(stacked(images_bchw, weight.shape[1]), weight, self.proj.bias, index_bk)
+
+
+def stacked(images_bchw: Tensor, bands: int) -> Tensor:
+    """(B, bands, C / bands · H, W): each run of `bands` neighbouring bands below the one before, so that patches in raster order
+    are those of the first run, then those of the second."""
+    return images_bchw.unflatten(1, (-1, bands)).transpose(1, 2).flatten(2, 3)
+
+
+@register(
+    SpectralViTConfig, {f"spectral_vit_{s}_patch8": {**SIZES[s], "patch": 8, "bands": 12} for s in ("base", "large", "huge")}
+)
+class SpectralViT(GridViT):
+    """One embedding shared by all cubes, learned positions along the raster and along the spectrum, no class token."""
+
+    config: SpectralViTConfig
+    tiny: ClassVar[dict[str, Any]] = {**TINY, "bands": 9}
+
+    def __init__(self, config: SpectralViTConfig) -> None:
+        if config.cube < 1 or config.bands % config.cube:
+            fits = max(1, round(config.bands / max(1, config.cube))) * config.cube
+            raise ValueError(f"{config.bands} bands cannot be cut into cubes of {config.cube}; {fits} could be")
+        super().__init__(config, config.bands // config.cube, class_token=False)
+        side = config.image_size // config.patch
+        self.patch_embed = CubeEmbed(config.cube, config.patch, config.width)
+        self.pos_embed_spatial = nn.Parameter(torch.zeros(1, side * side, config.width))
+        self.pos_embed_temporal = nn.Parameter(torch.zeros(1, self.groups, config.width))
+        nn.init.trunc_normal_(self.pos_embed_spatial, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed_temporal, std=0.02)
+
+    def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
+        return self.patch_embed(images_bchw, index_bk)
+
+    def positions(self, grid: tuple[int, int, int, int], ctx: Context | None, batch: int, device: torch.device) -> Tensor:
+        side = self.config.image_size // self.config.patch
+        space_1nd = self.pos_embed_spatial
+        if grid[2:] != (side, side):
+            table_1dhw = space_1nd.float().transpose(1, 2).unflatten(2, (side, side))
+            resized = F.interpolate(table_1dhw, grid[2:], mode="bicubic", align_corners=False)
+            space_1nd = resized.flatten(2).transpose(1, 2).to(space_1nd.dtype)
+        return (self.pos_embed_temporal[:, :, None] + space_1nd[:, None]).flatten(1, 2)
+
+
+def from_published(state: dict[str, Tensor], config: SpectralViTConfig) -> dict[str, Tensor]:
+    """Our parameters from a published encoder's, whose queries, keys and values are three layers.
+
+    Raises ValueError for names of anything else (split a checkpoint's decoder off first) and for missing ones.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        block, found, kind = name.partition(".attn.q.")
+        if found:
+            parts = [state.get(f"{block}.attn.{part}.{kind}") for part in "qkv"]
+            if any(part is None for part in parts):
+                raise ValueError(f"{name} is without its keys or values")
+            ours[f"{block}.attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
+        elif not any(f".attn.{part}." in name and name.replace(f".attn.{part}.", ".attn.q.") in state for part in "kv"):
+            ours[name] = tensor
+    return require(ours, lambda: SpectralViT(config))

@@ -1,0 +1,178 @@
+"""LESS: a product of bands and positions encodes as if the rest did not exist; positions are metres; errors say what would do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swath.backbones.base import Context, ProductKeep, Recomputed, create
+from swath.backbones.less import LESS, LESSConfig, from_published, lattice, perception_field
+from tests.parity.fixtures import ROOT
+
+
+def small(**options: object) -> LESS:
+    torch.manual_seed(0)
+    sizes = {"bands": 4, "image_size": 32, "patch": 8, "width": 48, "depth": 2, "heads": 3, "rank": 2, "perception_m": 120}
+    backbone = create("less_small_patch16", **{**sizes, **options})
+    assert isinstance(backbone, LESS)
+    for weight in backbone.parameters():
+        torch.nn.init.normal_(weight, std=0.1) if weight.ndim == 1 else None
+    return backbone.eval()
+
+
+def product(groups: list[int], positions: list[int], batch: int = 2) -> ProductKeep:
+    return ProductKeep(torch.tensor([groups] * batch), torch.tensor([positions] * batch))
+
+
+@pytest.mark.parametrize("radar", [0, 1, 4])
+@pytest.mark.parametrize("gsd_m", [None, torch.tensor([10.0, 4.0])])
+def test_embedding_only_what_is_kept_changes_nothing(radar: int, gsd_m: torch.Tensor | None) -> None:
+    backbone, images, ctx = small(radar=radar), torch.randn(2, 4, 32, 40), Context(gsd_m=gsd_m)
+    keep = ProductKeep(torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0, 3, 19], [7, 8, 11]]))
+    late = backbone.encode(backbone.tokenize(images, ctx), keep)
+    early = backbone.encode(backbone.tokenize(images, ctx, keep))
+    assert torch.allclose(late.tokens, early.tokens, atol=1e-5) and torch.allclose(late.prefix, early.prefix, atol=1e-5)
+    assert early.tokens.shape == (2, 6, 48) and early.prefix.shape == (2, 1 + 3 + 2, 48) and not early.maps
+    assert lattice(early, 2).shape == (2, 3, 4, 48) and torch.equal(lattice(early, 2)[:, 1:, 1:].flatten(1, 2), early.tokens)
+
+
+def test_what_is_dropped_is_as_if_it_did_not_exist() -> None:
+    """Kept bands alone, and a kept corner of the image, are what a smaller model sees of a smaller image."""
+    backbone, images = small(), torch.randn(2, 4, 32, 40)
+    wavelengths = torch.tensor([450.0, 560.0, 850.0, 1600.0])
+    two = small(bands=2)
+    two.load_state_dict(backbone.state_dict())
+    keep = product([1, 3], [row * 5 + column for row in range(3) for column in range(2)])
+    kept = backbone.encode(backbone.tokenize(images, Context(wavelengths), keep))
+    alone = two(images[:, [1, 3], :24, :16], Context(wavelengths[[1, 3]]))
+    assert torch.allclose(kept.tokens, alone.tokens, atol=1e-5) and torch.allclose(kept.prefix, alone.prefix, atol=1e-5)
+
+
+def test_features() -> None:
+    backbone, images = small(), torch.randn(2, 4, 32, 48)
+    tokens = backbone.tokenize(images)
+    features = backbone.encode(tokens, taps=[-1, 1])
+    assert tokens.grid == (1, 4, 4, 6) and tokens.box.shape == (96, 4) and tokens.box[24 + 7].tolist() == [8, 8, 8, 8]
+    assert features.pooled.shape == (2, 48) and features.tokens.shape == (2, 96, 48) and features.maps[8].shape == (2, 48, 4, 6)
+    assert features.taps[1].shape == features.taps[-1].shape == (2, 1 + 24 + 4 + 96, 48)
+    assert torch.equal(backbone.norm(features.taps[1])[:, 29:], features.tokens)
+    assert torch.allclose(features.maps[8][:, :, 1, 2], features.tokens.unflatten(1, (4, 24))[:, :, 8].mean(1), atol=1e-6)
+    assert torch.equal(backbone(images).pooled, features.pooled)
+    assert torch.equal(small(pool="class")(images).pooled, features.prefix[:, 0])
+
+
+def test_positions_are_metres_and_wavelengths_nanometres() -> None:
+    backbone = small()
+    cpu = torch.device("cpu")
+    fine = backbone.positions((1, 4, 3, 5), torch.tensor([5.0]), cpu)[0].view(3, 5, 48)
+    coarse = backbone.positions((1, 4, 2, 3), torch.tensor([10.0]), cpu)[0].view(2, 3, 48)
+    assert torch.allclose(fine[::2, ::2], coarse) and not torch.allclose(fine[:2, :3], coarse)
+    lowest = fine[1, 2, [11, 35]]  # the slowest sines, of 24 channels for each axis: 10000^(-11/12) a metre
+    assert torch.allclose(lowest, (torch.tensor([80.0, 40.0]).double() * 10000 ** (-11 / 12)).sin())
+    encoded = backbone.wavelengths(torch.tensor([500.0, 600.0, float("nan"), 0.0]))
+    assert encoded[2:].eq(0).all() and torch.allclose(encoded[1, 23], (600 * torch.tensor(1e4).double() ** (-23 / 24)).sin())
+    assert small(radar=2).wavelengths()[2:].eq(0).all() and small(radar=2).wavelengths()[:2].ne(0).any(dim=1).all()
+
+
+def test_perception_field_by_hand() -> None:
+    seen = perception_field(torch.tensor([[0, 1, 2, 4]]), 3, torch.tensor([1.0]))  # of a 3-column raster, 4 is below 1
+    assert seen.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 1, 0, 1]]
+
+
+def test_perception_field_limits_what_is_seen() -> None:
+    """The spatial branch of one block; the class column reaches everything, through the pooled vectors."""
+    near, far, images = small(depth=1), small(depth=1, perception_m=0), torch.randn(1, 4, 32, 32)
+    assert not torch.allclose(near(images).tokens, far(images).tokens, atol=1e-4)
+    assert torch.equal(small(perception_m=1e6)(images).tokens, small(perception_m=0)(images).tokens)
+
+
+def test_recomputation_gives_the_same_finite_gradients() -> None:
+    backbone, images = small(radar=1).train(), torch.randn(2, 4, 32, 24)
+    weights = list(backbone.parameters())
+    keep = product([1, 3], [0, 2, 5])
+
+    def loss() -> torch.Tensor:
+        features = backbone.encode(backbone.tokenize(images, keep=keep))
+        return features.tokens.square().sum() + features.prefix.sum()
+
+    kept = torch.autograd.grad(loss(), weights)
+    for block in backbone.blocks:
+        assert isinstance(block, Recomputed)
+        block.recompute = True
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(kept, torch.autograd.grad(loss(), weights), strict=True))
+
+
+def test_compile_export_autocast() -> None:
+    backbone, images = small(depth=1), torch.randn(2, 4, 16, 24)
+    keep = product([0, 2], [0, 1, 5])
+    with torch.no_grad():
+        plain, kept = backbone(images).tokens, backbone.encode(backbone.tokenize(images, keep=keep)).tokens
+        compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(images).tokens, plain, atol=1e-5)
+        encode = torch.compile(
+            lambda x, k: backbone.encode(backbone.tokenize(x, keep=k)).tokens, fullgraph=True, backend="aot_eager"
+        )
+        assert torch.allclose(encode(images, keep), kept, atol=1e-5)
+
+        class Pooled(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.backbone = backbone
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.backbone(x).tokens
+
+        assert torch.allclose(torch.export.export(Pooled(), (images,)).module()(images), plain, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(backbone(images).tokens.float(), plain, atol=0.1)
+        whole = small(depth=1).bfloat16()(images.bfloat16())
+        assert whole.tokens.dtype == torch.bfloat16 and torch.allclose(whole.tokens.float(), plain, atol=0.2)
+
+
+@pytest.mark.parametrize(("rank", "count"), [(1, 72_483_840), (4, 75_321_216)])
+def test_parameters_of_base(rank: int, count: int) -> None:
+    """72.5 M and 75.3 M were counted of the published encoder."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create("less_base_patch16", bands=14, radar=2, rank=rank).parameters()) == count
+
+
+def test_what_cannot_be_is_refused() -> None:
+    backbone, images = small(), torch.zeros(2, 4, 32, 32)
+    with pytest.raises(ValueError, match=r"scattered tokens; pass ProductKeep\(groups \(B, g\), positions"):
+        backbone.tokenize(images, keep=torch.tensor([[0, 1], [2, 3]]))
+    with pytest.raises(ValueError, match="scattered tokens"):
+        backbone.encode(backbone.tokenize(images), torch.tensor([[0, 1], [2, 3]]))
+    with pytest.raises(ValueError, match=r"\(B, 4, H, W\)"):
+        backbone(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="patch 8; 32×40"):
+        backbone(torch.zeros(1, 4, 33, 38))
+    with pytest.raises(ValueError, match=r"wavelength_nm must be \(4,\)"):
+        backbone(images, Context(wavelength_nm=torch.ones(3)))
+    for options, message in (
+        ({"image_size": 30}, "patch 8; 32"), ({"width": 50}, "divisible by 4 and by heads × channel_width, 12"),
+        ({"radar": 5}, "0 … 4"), ({"wavelength_nm": (500.0,)}, "4 numbers"), ({"rank": 0}, "at least 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            small(**options)
+
+
+def test_published_encoder_gives_the_published_latent() -> None:
+    """Of the whole hyperspectral MAE: three passes, each with its kept bands and positions."""
+    t = load_file(Path(ROOT) / "less_mae" / "tensors.safetensors")
+    config = LESSConfig(
+        bands=7, radar=2, image_size=24, patch=8, width=48, depth=2, heads=2, channel_width=2, rank=2, mlp_ratio=2.0,
+        perception_m=120, gsd_m=10, compat=True,
+    )  # fmt: skip
+    backbone = LESS(config)
+    encoder = {name[6:]: tensor for name, tensor in t.items() if name.startswith("state.encoder.")}
+    backbone.load_state_dict(from_published(encoder, config))
+    images = torch.cat([t["in.optical"], t["in.radar"]], 1)
+    ctx = Context(wavelength_nm=1000 * torch.cat([t["in.optical_wv"], t["in.radar_wv"]], 1)[0])
+    for number, (name, first, kept) in enumerate((("optical", 0, 2), ("radar", 5, 2), ("multi", 0, 3))):
+        groups = t[f"draw.{2 * number}.{name}.channel"].argsort(1)[:, :kept] + first
+        positions = t[f"draw.{2 * number + 1}.{name}.pos"].argsort(1)[:, :3].expand(2, -1)
+        features = backbone.encode(backbone.tokenize(images, ctx, ProductKeep(groups, positions)))
+        assert torch.allclose(lattice(features, kept), t[f"out.{name}.latent"], atol=1.5e-5)
+    with pytest.raises(ValueError, match="radar bands"):
+        from_published(encoder, LESSConfig(bands=5, image_size=24, patch=8))
