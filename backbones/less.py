@@ -355,10 +355,10 @@ class LESS(Backbone):
 def perception_field(place_bn: Tensor, columns: int, reach_b: Tensor) -> Tensor:
     """(B, 1 + n, 1 + n) bool, or without B where there is one for all: places of a raster of `columns` that are no further apart
     than `reach` (B or 1,) patches see each other, and the class entry before them sees and is seen always."""
-    corner_bn2 = torch.stack([place_bn // columns, place_bn % columns], dim=2).double()
-    # squares of whole numbers: exact, whatever the device
-    square_bnn = (corner_bn2[:, :, None] - corner_bn2[:, None]).square().sum(dim=3)
-    seen_bjj = F.pad(square_bnn.sqrt() <= reach_b[:, None, None], (1, 0, 1, 0), value=True)
+    row_bn, column_bn = (place_bn // columns).float(), (place_bn % columns).float()
+    # squares of whole numbers: exact, whatever the device; the margin is for a reach that is a rounded quotient
+    square_bnn = (row_bn[:, :, None] - row_bn[:, None]).square() + (column_bn[:, :, None] - column_bn[:, None]).square()
+    seen_bjj = F.pad(square_bnn <= (reach_b.square() * (1 + 1e-9))[:, None, None], (1, 0, 1, 0), value=True)
     return seen_bjj[0] if len(seen_bjj) == 1 else seen_bjj
 
 

@@ -30,7 +30,7 @@ def test_shear_by_hand_and_back(size: tuple[int, int]) -> None:
 def test_unpool_puts_the_largest_back() -> None:
     x = torch.randn(2, 3, 4, 6)
     back = unpool(*pool(x))
-    assert torch.equal(back, nn.functional.max_unpool2d(*nn.functional.max_pool2d(x, 2, return_indices=True), [2]))
+    assert torch.equal(back, nn.functional.max_unpool2d(*nn.functional.max_pool2d(x, 2, return_indices=True), (2, 2)))
     assert torch.equal(back[back != 0], x[back != 0]) and (back != 0).sum() == x.numel() // 4
 
 
