@@ -55,8 +55,6 @@ class PointGate(nn.Module):
 class StripGate(nn.Module):
     """x · sigmoid of long thin convolutions, upright and along both diagonals, at a third of the resolution."""
 
-    filter: Tensor
-
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         upright = {"kernel_size": (kernel, 3), "padding": (kernel // 2, 1), "groups": width, "bias": False}
@@ -64,13 +62,13 @@ class StripGate(nn.Module):
         self.H_att1, self.H_att2 = nn.Conv2d(width, width, **upright), nn.Conv2d(width, width, **upright)
         self.V_att1, self.V_att2 = nn.Conv2d(width, width, **level), nn.Conv2d(width, width, **level)
         self.norm = nn.BatchNorm2d(width)
-        self.register_buffer("filter", blur(width), persistent=False)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         largest = F.max_pool2d(x_bchw, 3, 1, 1)
         # a reflection needs more pixels than it is wide
         edge = "reflect" if min(x_bchw.shape[2:]) > 2 else "replicate"
-        small = F.conv2d(F.pad(largest, (1, 2, 1, 2), edge), self.filter.to(x_bchw.dtype), stride=3, groups=x_bchw.shape[1])
+        filter_c1pq = blur(x_bchw.shape[1]).to(x_bchw)  # made here: what is not a weight does not survive loading
+        small = F.conv2d(F.pad(largest, (1, 2, 1, 2), edge), filter_c1pq, stride=3, groups=x_bchw.shape[1])
         along = unshear(self.H_att2(shear(small)))
         across = unshear(self.V_att2(shear(small.mT).mT).mT).mT
         gate = self.norm(self.H_att1(small) + self.V_att1(small) + along + across).sigmoid()

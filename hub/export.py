@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from swath.hub.card import card, without_paths
 from swath.hub.code import AUTO, exported_code
 from swath.hub.load import CONFIG, MODEL_TYPE, WEIGHTS, Loaded, load_backbone
+from swath.kernels.dispatch import OPERATORS, use
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
 from swath.shards.prepare import prepare
@@ -130,6 +131,10 @@ def _verify(loaded: Loaded, folder: Path, scratch: Path) -> None:
         raise InputError(f"the export does not load in a clean process, so it was not kept: {last}")
 
 
+def _reference() -> dict[str, str]:
+    return {name: "reference" for name, operator in OPERATORS.items() if "reference" in operator.implementations}
+
+
 def _expected(loaded: Loaded) -> dict[str, torch.Tensor]:
     """Random chips of a fixed seed in the contract's unit, and what the source makes of them. One pixel is not finite."""
     contract, (height, width) = loaded.contract, loaded.size
@@ -143,7 +148,8 @@ def _expected(loaded: Loaded) -> dict[str, torch.Tensor]:
     chips = Chips(raw, None, size, scale=one, add=0 * one, id=count, visit=0 * count, label=0 * count)
     pixel_values = prepare(chips, contract, loaded.size).images[contract.modality]
     device = next(loaded.backbone.parameters()).device
-    with torch.inference_mode():
+    # the folder carries the reference operators
+    with torch.inference_mode(), use(**_reference()):
         features = loaded.backbone(pixel_values.to(device))
     last = torch.cat([features.prefix, features.tokens], dim=1)
     made = {"raw": raw, "pixel_values": pixel_values, "last_hidden_state": last, "pooler_output": features.pooled}
