@@ -15,13 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Context:
-    """What is known of a batch besides its pixels; tensors of (B,) or (C,), each may be absent."""
+    """What is known of a batch besides its pixels; tensors of (B,) or (C,), each may be absent.
+
+    wavelength_nm (C,); gsd_m in metres after cropping, lat and lon in degrees of the crop's centre, time in seconds since 1970
+    (UTC), all (B,). drop (B,) is a draw, uniform in [0, 1): in training, where and when are withheld from samples below 0.5.
+    """
 
     wavelength_nm: Tensor | None = None
     gsd_m: Tensor | None = None
     lat: Tensor | None = None
     lon: Tensor | None = None
     time: Tensor | None = None
+    drop: Tensor | None = None
 
 
 @dataclass

@@ -5,7 +5,6 @@ Off in published recipes. Letters: b sample, f feature, d width.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,6 @@ _OCTAVES = 6  # of a coordinate of the unit sphere: the finest has a period of 4
 _YEAR, _YEARS = 2015.0, 20.0
 _GSD_M, _GSD_OCTAVES = 10.0, 5.0
 DROP = 0.5
-
-
-@dataclass
-class DrawnContext(Context):
-    """A context with the draw that drops it: `drop` (B,), uniform in [0, 1)."""
-
-    drop: Tensor | None = None
 
 
 def civil(seconds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,12 +50,12 @@ class ContextEncoding(nn.Module):
 
     def forward(self, ctx: Context | None, batch: int) -> Tensor:
         """(batch, D). `ctx` holds lat and lon in degrees, time in seconds since 1970 and gsd_m in metres, each (B,); what is None
-        or NaN is absent. In training, all of a sample is dropped where the draw of a `DrawnContext` is below 0.5.
+        or NaN is absent. In training, all of a sample is dropped where `ctx.drop` is below 0.5.
 
         Raises ValueError for a part that is not (B,).
         """
         dtype, device = self.absent.dtype, self.absent.device
-        drop = ctx.drop if self.training and isinstance(ctx, DrawnContext) else None
+        drop = ctx.drop if self.training and ctx is not None else None
         dropped_b = torch.zeros(batch, dtype=torch.bool, device=device) if drop is None else drop < DROP
         total_bd = torch.zeros(batch, self.absent.shape[1], dtype=dtype, device=device)
         for number, (project, features) in enumerate(zip(self._projections(), _features(ctx, batch), strict=True)):

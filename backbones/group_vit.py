@@ -227,6 +227,8 @@ class GridViT(Backbone):
             index_bk = places(keep, tokens.grid)
             x_bkd = gather(x_bkd, index_bk)
             present = None if present is None else present.gather(1, index_bk)
+        if present is not None:  # a NaN would pass through a weight of 0
+            x_bkd = torch.where(present[..., None], x_bkd, 0.0)
         prefix = 0 if self.cls_token is None else 1
         shape, masks = self._sight(tokens.keep if keep is None else keep, tokens.grid, present, prefix, x_bkd.device)
         x_btd = x_bkd

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, gather, places, register, sincos_grid
+from swath.backbones.context import ContextEncoding
 from swath.kernels.embed import visible_patch_embedding
 from swath.kernels.linear import Linear, linear
 
@@ -28,7 +29,7 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
+    def forward(self, x_btd: Tensor, queries: int | None = None, mask: Tensor | None = None) -> Tensor:
         batch, length, width = x_btd.shape
         shape = (self.heads, width // self.heads)
         if queries is None:
@@ -38,16 +39,17 @@ class Attention(nn.Module):
             q = linear(x_btd[:, -queries:], weight[:width], bias[:width])
             q = q.view(batch, queries, *shape).transpose(1, 2)
             k, v = linear(x_btd, weight[width:], bias[width:]).view(batch, length, 2, *shape).permute(2, 0, 3, 1, 4)
-        y_bhqe = attend(q, k, v)
+        y_bhqe = attend(q, k, v, mask)
         return self.proj(y_bhqe.transpose(1, 2).flatten(2))
 
 
-def attend(q_bhqe: Tensor, k_bhte: Tensor, v_bhte: Tensor) -> Tensor:
-    """Scaled dot-product attention. On a CPU it trains in fp32: torch's fused backward pass in bf16 is several times slower."""
+def attend(q_bhqe: Tensor, k_bhte: Tensor, v_bhte: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, to keys where `mask`, bool, is True. On a CPU it trains in fp32: torch's fused backward pass
+    in bf16 is several times slower."""
     if q_bhqe.device.type != "cpu" or q_bhqe.dtype == torch.float32 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q_bhqe, k_bhte, v_bhte)
+        return F.scaled_dot_product_attention(q_bhqe, k_bhte, v_bhte, mask)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q_bhqe.float(), k_bhte.float(), v_bhte.float()).to(q_bhqe.dtype)
+        return F.scaled_dot_product_attention(q_bhqe.float(), k_bhte.float(), v_bhte.float(), mask).to(q_bhqe.dtype)
 
 
 class Mlp(nn.Module):
@@ -72,10 +74,10 @@ class Block(Recomputed):
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def compute(self, x_btd: Tensor, queries: int | None = None) -> Tensor:
-        """(B, T, D), or (B, queries, D): the last `queries` tokens only, where a caller needs no others."""
+    def compute(self, x_btd: Tensor, queries: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D), or (B, queries, D): the last `queries` tokens only, where no others are needed; `mask` as in `attend`."""
         residual = x_btd if queries is None else x_btd[:, -queries:]
-        x_bqd = residual + self.attn(self.norm1(x_btd), queries)
+        x_bqd = residual + self.attn(self.norm1(x_btd), queries, mask)
         return x_bqd + self.mlp(self.norm2(x_bqd))
 
 
@@ -96,6 +98,7 @@ class ViTConfig:
 
     `pool` of patch tokens after the final norm: their mean, the class token instead, or `texture`: mean, standard deviation and
     mean absolute difference of neighbours side by side (3 · width numbers). A mean keeps what is there, the others how it lies.
+    `context` adds an encoding of place, date and ground sampling distance to every token.
     """
 
     bands: int
@@ -107,6 +110,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     positions: Literal["sincos", "learned"] = "sincos"
     pool: Literal["mean", "class", "texture"] = "mean"
+    context: bool = False
 
 
 _SIZES = {
@@ -139,6 +143,7 @@ class ViT(Backbone):
             self.pos_embed = nn.Parameter(torch.zeros(1, side * side, config.width))
         self.blocks = nn.ModuleList([Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, eps=EPS)
+        self.context = ContextEncoding(config.width) if config.context else None
         init_weights(self)
         nn.init.normal_(self.cls_token, std=0.02)
         if config.positions == "learned":
@@ -160,6 +165,8 @@ class ViT(Backbone):
         index_bk = None if keep is None else places(keep, grid)
         x_bkd = self.patch_embed(images_bchw, index_bk)
         x_bkd = x_bkd + (position_nd if index_bk is None else position_nd[index_bk])
+        if self.context is not None:
+            x_bkd = x_bkd + self.context(ctx, len(x_bkd))[:, None]
         return Tokens(x_bkd, grid, _boxes(grid, self.config.patch, images_bchw.device), keep)
 
     def positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -175,11 +182,18 @@ class ViT(Backbone):
         return resized.flatten(2)[0].T
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
-        x_bkd = tokens.x if keep is None else gather(tokens.x, places(keep, tokens.grid))
+        x_bkd, present_bk = tokens.x, tokens.present
+        if keep is not None:
+            index_bk = places(keep, tokens.grid)
+            x_bkd, present_bk = gather(x_bkd, index_bk), None if present_bk is None else present_bk.gather(1, index_bk)
+        mask = None
+        if present_bk is not None:
+            x_bkd = torch.where(present_bk[..., None], x_bkd, 0.0)
+            mask = F.pad(present_bk, (1, 0), value=True)[:, None, None]
         x_btd = torch.cat([self.cls_token.to(x_bkd.dtype).expand(len(x_bkd), -1, -1), x_bkd], dim=1)
         tapped = {-1: x_btd} if -1 in taps else {}
         for number, block in enumerate(self.blocks):
-            x_btd = block(x_btd)
+            x_btd = block(x_btd) if mask is None else block(x_btd, None, mask)
             if number in taps:
                 tapped[number] = x_btd
         x_btd = self.norm(x_btd)
@@ -187,11 +201,16 @@ class ViT(Backbone):
         maps: dict[int, Tensor] = {}
         if keep is None and tokens.keep is None:
             maps[self.config.patch] = x_bkd.transpose(1, 2).unflatten(2, tokens.grid[2:])
-        return Features(self._pool(prefix, x_bkd, maps), x_bkd, prefix, maps, tapped)
+        return Features(self._pool(prefix, x_bkd, maps, present_bk), x_bkd, prefix, maps, tapped)
 
-    def _pool(self, prefix_b1d: Tensor, x_bkd: Tensor, maps: dict[int, Tensor]) -> Tensor:
+    def _pool(self, prefix_b1d: Tensor, x_bkd: Tensor, maps: dict[int, Tensor], present_bk: Tensor | None) -> Tensor:
         if self.config.pool == "class":
             return prefix_b1d[:, 0]
+        if present_bk is not None:
+            if self.config.pool == "texture":
+                raise ValueError("texture pooling needs all tokens to be present; take pool mean or class")
+            share_bk = present_bk / present_bk.sum(dim=1, keepdim=True).clamp_min(1)
+            return (x_bkd * share_bk[..., None]).sum(dim=1)
         mean_bd = x_bkd.mean(dim=1)
         if self.config.pool == "mean":
             return mean_bd

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swath.backbones.base import Context
-from swath.backbones.context import ContextEncoding, DrawnContext, civil
+from swath.backbones.context import ContextEncoding, civil
 
 
 def encoding() -> ContextEncoding:
@@ -51,7 +51,7 @@ def test_no_seam_and_no_crowding() -> None:
 def test_dropped_samples_are_as_if_nothing_were_known() -> None:
     encode = encoding().train()
     lat, nan = torch.tensor([1.0, 2.0, 3.0]), float("nan")
-    drawn = DrawnContext(lat=lat, lon=lat, gsd_m=torch.tensor([0.3, 10.0, nan]), drop=torch.tensor([0.49, 0.5, 0.9]))
+    drawn = Context(lat=lat, lon=lat, gsd_m=torch.tensor([0.3, 10.0, nan]), drop=torch.tensor([0.49, 0.5, 0.9]))
     known = encode.eval()(drawn, 3)
     dropped = encode.train()(drawn, 3)
     assert torch.allclose(dropped[0], encode(None, 1)[0], atol=1e-6) and torch.equal(dropped[1:], known[1:])

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, ProductKeep, create, registry
 from swath.backbones.base import places as numbers
-from swath.backbones.context import DrawnContext
 from swath.backbones.group_vit import GridBlock, GridViT, KroneckerAttention
 
 FAMILIES = {
@@ -171,7 +170,7 @@ def test_context_is_used_and_dropped(family: str) -> None:
     here, there = Context(lat=torch.zeros(2), lon=torch.zeros(2)), Context(lat=torch.zeros(2), lon=torch.full((2,), 90.0))
     of_here, of_there, nowhere = backbone(images, here).pooled, backbone(images, there).pooled, backbone(images).pooled
     assert not torch.allclose(of_here, of_there, atol=1e-3) and not torch.allclose(of_here, nowhere, atol=1e-3)
-    drawn = DrawnContext(lat=here.lat, lon=here.lon, drop=torch.tensor([0.2, 0.7]))
+    drawn = Context(lat=here.lat, lon=here.lon, drop=torch.tensor([0.2, 0.7]))
     assert torch.equal(backbone(images, drawn).pooled, of_here)  # not in training: nothing is dropped
     trained = backbone.train()(images, drawn).pooled
     assert torch.allclose(trained[0], nowhere[0], atol=1e-5) and torch.allclose(trained[1], of_here[1], atol=1e-5)

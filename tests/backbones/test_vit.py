@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swath.backbones.base import create, sincos_grid
+from swath.backbones.base import Context, create, sincos_grid
 from swath.backbones.vit import Block, ViT
 
 
@@ -109,3 +109,21 @@ def test_wrong_images_are_refused() -> None:
         small()(torch.zeros(1, 4, 32, 32))
     with pytest.raises(ValueError, match="did you mean vit_base_patch16"):
         create("vit_base_patch_16", bands=3)
+
+
+def test_context_is_added_to_every_token() -> None:
+    plain, informed = small(), small(context=True)
+    informed.load_state_dict(plain.state_dict(), strict=False)
+    images, here = torch.randn(2, 3, 32, 32), Context(lat=torch.tensor([46.9, -3.0]), lon=torch.tensor([7.4, 37.0]))
+    without, known = informed.tokenize(images).x, informed.tokenize(images, here).x
+    offset = known - plain.tokenize(images).x
+    assert torch.allclose(offset, offset[:, :1].expand_as(offset), atol=1e-5), "one vector per sample"
+    assert not torch.allclose(known[0] - without[0], known[1] - without[1], atol=1e-3), "another place, another vector"
+
+
+def test_texture_pooling_needs_every_token() -> None:
+    backbone = small(pool="texture")
+    tokens = backbone.tokenize(torch.randn(1, 3, 32, 32))
+    tokens.present = torch.ones(1, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match="texture pooling needs all tokens"):
+        backbone.encode(tokens)
