@@ -40,6 +40,11 @@ class MAE(Objective):
     def __init__(self, config: MAEConfig, backbone: Backbone, image_size: tuple[int, int], bands: int) -> None:
         super().__init__()
         grid = backbone.grid(*image_size)
+        if grid[0] * grid[1] != 1:
+            raise ValueError(
+                f"mae predicts patches of one date and all bands together; this backbone has {grid[0]} dates × "
+                f"{grid[1]} groups of bands"
+            )
         tokens, self.patch = grid[2] * grid[3], image_size[0] // grid[2]
         self.config, self.backbone = config, backbone
         self.keep = kept(tokens, config.mask_ratio)

@@ -1,10 +1,12 @@
 """MAE beyond parity: invalid pixels, odd sizes, one objective whatever the batch is cut into."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from swath.backbones.base import create
+from swath.backbones.base import create, registry
 from swath.pretrain.objective import Objective, build
 from swath.pretrain.objectives.mae import MAE
 from swath.shards.draw import Draw
@@ -143,3 +145,23 @@ def test_bf16_autocast_is_close() -> None:
         rough = objective(*batch_of(images)).numerator
     assert rough.dtype == torch.float32
     assert torch.allclose(exact, rough, rtol=0.02)  # bf16 keeps 8 bits; the loss averages many of them
+
+
+@pytest.mark.parametrize("name", list(registry.families().values()))
+def test_every_family_trains_or_is_refused(name: str) -> None:
+    """Of one group of bands and sparse: a finite loss, and gradients that reach the embedding. Others: one line, at the start."""
+    torch.manual_seed(0)
+    tiny = registry.entry(name).build.tiny
+    side = tiny["image_size"]
+    backbone = create(name, **tiny)
+    options: dict[str, Any] = {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2}
+    grid = backbone.grid(side, side)
+    if "sparse" not in backbone.traits or grid[0] * grid[1] != 1:
+        with pytest.raises(ValueError, match=r"sparse|groups of bands"):
+            build("mae", backbone, (side, side), tiny["bands"], **options)
+        return
+    objective = build("mae", backbone, (side, side), tiny["bands"], **options)
+    outcome = objective(*batch_of(torch.randn(2, tiny["bands"], side, side)))
+    (outcome.numerator / outcome.weight).backward()
+    grads = [p.grad for p in backbone.parameters() if p.grad is not None]
+    assert grads and all(torch.isfinite(g).all() for g in grads) and torch.isfinite(outcome.numerator)
