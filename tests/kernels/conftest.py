@@ -1,7 +1,5 @@
-"""Kernels run with uninitialised memory full of NaN, and Triton's in its interpreter where there is no GPU."""
+"""Kernels run with uninitialised memory full of NaN."""
 
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +8,6 @@ import torch
 from torch.utils._device import _device_constructors
 
 _device_constructors()  # torch remembers these functions at first use: before they are replaced below
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
