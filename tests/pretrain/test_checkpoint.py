@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
 from swath.pretrain import checkpoint
 from swath.shards.errors import InputError
@@ -52,6 +53,29 @@ def test_a_pickle_that_calls_something_is_refused(run: Path) -> None:
     with pytest.raises(InputError, match="does not belong in a checkpoint's metadata"):
         checkpoint.read_checkpoint(latest)
     assert not (run / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "passes"),
+    [(TensorProperties, "create_from_tensor", False), (_MEM_FORMAT_ENCODING, "__reduce_ex__", False),
+     (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", True)],
+)  # fmt: skip
+def test_getattr_reaches_members_of_enums_only(run: Path, owner: type, name: str, passes: bool) -> None:
+    """So early releases of Python 3.11 pickle them; of anything else it would be a way to whatever an object has."""
+
+    class Reached:
+        def __reduce__(self) -> tuple[object, tuple[type, str]]:
+            return getattr, (owner, name)
+
+    metadata = pickle.loads((run / "checkpoints" / "step-00000003" / "tensors" / ".metadata").read_bytes())
+    metadata.planner_data = Reached()
+    latest = run / "checkpoints" / "step-00000003"
+    forge(latest, pickle.dumps(metadata))
+    if passes:
+        checkpoint.read_checkpoint(latest)
+    else:
+        with pytest.raises(InputError, match=f"getattr of {name} does not belong"):
+            checkpoint.read_checkpoint(latest)
 
 
 def test_a_path_that_leaves_the_folder_is_refused(run: Path) -> None:
