@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, on any machine, and say how many registers it takes and how much it spills.
 
-    python benchmarks/aot.py [--out benchmarks/results/aot.json]
+    python -m benchmarks.aot [--out benchmarks/results/aot.json]
 
 Each operator is called on CPU tensors of the sizes below; what it would launch is compiled for sm_80 and sm_90 instead, with
 the Triton that is installed, and nothing runs. Registers and spills are read from the machine code by `cuobjdump`.
@@ -112,7 +112,7 @@ def main() -> int:
         print(label, rows[label], flush=True)
     if args.out:
         result = {
-            "command": " ".join(["python", "benchmarks/aot.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "benchmarks.aot", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"),
             "versions": {"triton": triton.__version__, "torch": torch.__version__},
             "kernels": rows,
