@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, register
-from swath.backbones.dynamicvis import RMSNorm, SharedMixer, pyramid_boxes, pyramid_grid, refuse_keep
+from swath.backbones.dynamicvis import RMSNorm, SharedMixer
+from swath.backbones.grid import boxes, check_images, pyramid_grid, refuse_keep, resize_positions
 from swath.kernels.linear import Linear
 
 PATCH, STRIDES = 16, (8, 16, 32)
@@ -189,22 +190,17 @@ class AFM(Backbone):
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> BranchTokens:
         """Both branches' first maps; grid and boxes are those of the last stage."""
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
         refuse_keep(keep)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         x_bnd = self.patch_embed(images_bchw).flatten(2).mT
         x_bnd = x_bnd + self.positions(2 * grid[2], 2 * grid[3]).to(x_bnd.dtype)
-        boxes = pyramid_boxes(grid, self.mask_unit, images_bchw.device)
-        return BranchTokens(x_bnd, grid, boxes, stem=self.stem(images_bchw))
+        return BranchTokens(x_bnd, grid, boxes(grid, self.mask_unit, images_bchw.device), stem=self.stem(images_bchw))
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """(rows · columns, D), interpolated where the grid is not that of `image_size`."""
         side = self.config.image_size // PATCH
-        if (rows, columns) == (side, side):
-            return self.pos_embed[0]
-        table_1dhw = self.pos_embed.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
-        return F.interpolate(table_1dhw, (rows, columns), mode="bicubic", align_corners=False).flatten(2)[0].T
+        return resize_positions(self.pos_embed, (side, side), (rows, columns))
 
     def turns(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(rows · columns, D/2) angles: the first half by row, the second by column, in patches of an `image_size` image."""

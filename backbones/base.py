@@ -204,3 +204,28 @@ def places(keep: Keep, grid: tuple[int, int, int, int]) -> Tensor:
 def gather(x_bnd: Tensor, index_bk: Tensor) -> Tensor:
     """(B, K, D): the rows `index_bk` of each sample."""
     return x_bnd.gather(1, index_bk[..., None].expand(-1, -1, x_bnd.shape[2]))
+
+
+def mean_of(x_bkd: Tensor, present_bk: Tensor | None) -> Tensor:
+    """(B, D) mean of the tokens that are present; zero where none is."""
+    if present_bk is None:
+        return x_bkd.mean(dim=1)
+    total_bd = torch.where(present_bk[..., None], x_bkd, 0.0).sum(dim=1)
+    return total_bd / present_bk.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def fitting(ours: dict[str, Tensor], build: Any, config: Any) -> dict[str, Tensor]:
+    """`ours` itself; ValueError naming what is left over, missing or of another shape for `build(config)`."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
+    wrong = [f"no {name}" for name in wanted if name not in ours]
+    wrong += [
+        f"{name} is {tuple(tensor.shape)}, and would have to be {wanted[name]}"
+        for name, tensor in ours.items()
+        if name in wanted and tuple(tensor.shape) != wanted[name]
+    ]
+    if unknown := sorted(set(ours) - set(wanted)):
+        wrong.append(f"these are no weights of this encoder: {', '.join(unknown)}")
+    if wrong:
+        raise ValueError(f"published weights do not fit {config}: {'; '.join(wrong)}")
+    return ours

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, Context, Features, Keep, Tokens, gather, places, sincos_grid
+from swath.backbones.base import Backbone, Context, Features, Keep, Tokens, gather, mean_of, places, sincos_grid
+from swath.backbones.grid import boxes, check_image_size, check_images, patch_grid, resize_positions
 from swath.backbones.vit import PatchEmbed
 
 
@@ -52,14 +53,13 @@ class Column(Backbone):
         return 1, 1, *patch_grid(height, width, self.config.patch)
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         position_nd = self.positions(grid[2], grid[3], images_bchw.device).to(self.patch_embed.proj.weight.dtype)
         index_bk = None if keep is None else places(keep, grid)
         x_bkd = self.patch_embed(images_bchw, index_bk)
         x_bkd = x_bkd + (position_nd if index_bk is None else position_nd[index_bk])
-        return Tokens(x_bkd, grid, boxes(grid[2], grid[3], self.config.patch, self.config.patch, images_bchw.device), keep)
+        return Tokens(x_bkd, grid, boxes(grid, self.config.patch, images_bchw.device), keep)
 
     def positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(rows · columns, D) positions, interpolated to the grid of `image_size` where the grid is another one."""
@@ -139,14 +139,6 @@ def visits(order_kn: Tensor, prefix: bool, both_ways: bool) -> Tensor:
     return torch.stack([order_kn, order_kn.flip(1)], dim=1).flatten(0, 1) if both_ways else order_kn
 
 
-def mean_of(x_bkd: Tensor, present_bk: Tensor | None) -> Tensor:
-    """(B, D) mean of the tokens that are present; zero where none is."""
-    if present_bk is None:
-        return x_bkd.mean(dim=1)
-    total_bd = torch.where(present_bk[..., None], x_bkd, 0.0).sum(dim=1)
-    return total_bd / present_bk.sum(dim=1, keepdim=True).clamp_min(1)
-
-
 def by_cluster(rows: int, columns: int, side: int, device: torch.device) -> Tensor:
     """(N,) places cluster by cluster of side² patches, clusters and patches inside each in raster order; cut at the edges."""
     row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
@@ -159,28 +151,6 @@ def by_column(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.arange(rows * columns, device=device).view(rows, columns).T.flatten()
 
 
-def patch_grid(height: int, width: int, patch: int, unit: str = "patch") -> tuple[int, int]:
-    """(rows, columns); ValueError with the nearest size that fits where `patch` does not divide."""
-    if height % patch or width % patch or not height or not width:
-        fits = f"{max(1, round(height / patch)) * patch}×{max(1, round(width / patch)) * patch}"
-        raise ValueError(f"image of {height}×{width} pixels is not divisible by {unit} {patch}; {fits} would be")
-    return height // patch, width // patch
-
-
-def boxes(rows: int, columns: int, stride: int, side: int, device: torch.device) -> Tensor:
-    """(N, 4) int64 top, left, height, width in pixels of windows of `side` every `stride`, in raster order."""
-    corner = torch.cartesian_prod(torch.arange(rows, device=device) * stride, torch.arange(columns, device=device) * stride)
-    return torch.cat([corner, torch.full_like(corner, side)], dim=1)
-
-
-def resize_positions(table_1nd: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(rows · columns, D) of a learned table (1, N, D): bicubic, as it is where the grids are equal."""
-    if old == new:
-        return table_1nd[0]
-    table_1dhw = table_1nd.unflatten(1, old).permute(0, 3, 1, 2)
-    return F.interpolate(table_1dhw.float(), new, mode="bicubic", align_corners=False).flatten(2)[0].T
-
-
 def check(config: Any) -> None:
     """ValueError for a configuration of a column that cannot be."""
     if config.bands < 1 or config.depth < 0:
@@ -189,19 +159,4 @@ def check(config: Any) -> None:
         raise ValueError(f"width {config.width} must be divisible by 4 for sincos positions")
     if config.pool == "class" and not config.class_token:
         raise ValueError("pool: class needs class_token: true")
-    if config.image_size % config.patch:
-        fits = max(1, round(config.image_size / config.patch)) * config.patch
-        raise ValueError(f"image_size {config.image_size} is not divisible by patch {config.patch}; {fits} would be")
-
-
-def fitting(ours: dict[str, Tensor], build: type[Backbone], config: Any) -> dict[str, Tensor]:
-    """`ours` itself; ValueError naming what is missing, left over or of another shape for the backbone."""
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in build(config).state_dict().items()}
-    wrong = [f"{name} {tuple(ours[name].shape)}" for name in ours if name not in wanted]
-    wrong += [f"{name} {tuple(ours[name].shape)}, not {tuple(shape)}" for name, shape in wanted.items()
-              if name in ours and ours[name].shape != shape]  # fmt: skip
-    wrong += [f"no {name}" for name in wanted if name not in ours]
-    if wrong:
-        raise ValueError(f"published weights do not fit {config}: {'; '.join(wrong)}")
-    return ours
+    check_image_size(config.image_size, config.patch)

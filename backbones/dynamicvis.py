@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, gather, register
+from swath.backbones.grid import boxes, check_images, pyramid_grid, refuse_keep, resize_positions
 from swath.backbones.mamba import Mixer, mixer_from_published
 from swath.kernels.conv import causal_conv1d
 from swath.kernels.linear import Linear
@@ -167,23 +168,18 @@ class DynamicVis(Backbone):
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
         """The first stage's tokens, (B, H/4 · W/4, D); grid and boxes are those of the last stage."""
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
         refuse_keep(keep)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         x_bnd = self.embeds[0](images_bchw)
         # in place: the norm's backward pass needs what entered it, not what left it
         x_bnd += self.positions(8 * grid[2], 8 * grid[3]).to(x_bnd.dtype)
-        return Tokens(x_bnd, grid, pyramid_boxes(grid, self.mask_unit, images_bchw.device))
+        return Tokens(x_bnd, grid, boxes(grid, self.mask_unit, images_bchw.device))
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """(rows · columns, D), interpolated where the grid is not that of `image_size`."""
         side = self.config.image_size // STRIDES[0]
-        if (rows, columns) == (side, side):
-            return self.pos_embed[0]
-        table_1dhw = self.pos_embed.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        resized = F.interpolate(table_1dhw.float(), (rows, columns), mode="bicubic", align_corners=False)
-        return resized.flatten(2)[0].T
+        return resize_positions(self.pos_embed, (side, side), (rows, columns))
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
         refuse_keep(keep)
@@ -208,26 +204,6 @@ class DynamicVis(Backbone):
                 rows, columns = rows // 2, columns // 2
         pooled = self.pool_norm(x_bnd.mean(dim=1))
         return Features(pooled, x_bnd, x_bnd[:, :0], maps, tapped)
-
-
-def pyramid_grid(height: int, width: int, stride: int) -> tuple[int, int, int, int]:
-    """(1, 1, rows, columns) of a pyramid's last stage; ValueError where its stride does not divide the image."""
-    if height % stride or width % stride or not height or not width:
-        fits = f"{max(1, round(height / stride)) * stride}×{max(1, round(width / stride)) * stride}"
-        raise ValueError(f"image of {height}×{width} pixels is not divisible by the total stride {stride}; {fits} would be")
-    return 1, 1, height // stride, width // stride
-
-
-def pyramid_boxes(grid: tuple[int, int, int, int], stride: int, device: torch.device) -> Tensor:
-    """(N, 4) top, left, height and width in pixels of the last stage's places (what they stand on, not all that they see)."""
-    rows, columns = (torch.arange(count, device=device) * stride for count in grid[2:])
-    corner = torch.cartesian_prod(rows, columns)
-    return torch.cat([corner, torch.full_like(corner, stride)], dim=1)
-
-
-def refuse_keep(keep: Keep | None) -> None:
-    if keep is not None:
-        raise ValueError("a pyramid is not sparse: mask pixels (Backbone.hide, in units of mask_unit) instead of keeping tokens")
 
 
 def _check(config: DynamicVisConfig) -> None:

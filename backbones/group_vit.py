@@ -6,7 +6,7 @@ with the class token, d width, e width of a head, r ranks.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from swath.backbones.base import (
     ProductKeep,
     Recomputed,
     Tokens,
+    fitting,
     gather,
     places,
     register,
@@ -29,6 +30,7 @@ from swath.backbones.base import (
     sincos_grid,
 )  # fmt: skip
 from swath.backbones.context import ContextEncoding
+from swath.backbones.grid import boxes, check_image_size, check_images, patch_grid
 from swath.backbones.vit import EPS, Mlp, PatchEmbed, attend, check_table, init_weights
 from swath.kernels.axial import axial_attention
 from swath.kernels.joint import joint_attention
@@ -189,11 +191,7 @@ class GridViT(Backbone):
         raise NotImplementedError
 
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
-        patch = self.config.patch
-        if height % patch or width % patch or not height or not width:
-            fits = f"{max(1, round(height / patch)) * patch}×{max(1, round(width / patch)) * patch}"
-            raise ValueError(f"image of {height}×{width} pixels is not divisible by patch {patch}; {fits} would be")
-        return 1, self.groups, height // patch, width // patch
+        return 1, self.groups, *patch_grid(height, width, self.config.patch)
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
         self.check_images(images_bchw, ctx)
@@ -213,8 +211,7 @@ class GridViT(Backbone):
 
     def check_images(self, images_bchw: Tensor, ctx: Context | None) -> None:
         """ValueError unless the images are (B, bands, H, W)."""
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
 
     def seen(self, ctx: Context | None) -> Context | None:
         """What the context encoding sees of the context."""
@@ -296,13 +293,6 @@ def _mean(x: Tensor, present: Tensor | None, axis: int) -> Tensor:
     return (x * share).sum(dim=axis) / share.sum(dim=axis).clamp(min=1)
 
 
-def boxes(grid: tuple[int, int, int, int], patch: int, device: torch.device) -> Tensor:
-    """(N, 4) top, left, height, width in pixels of every place of the grid."""
-    rows, columns = (torch.arange(n, device=device) * patch for n in grid[2:])
-    corner = torch.cartesian_prod(rows, columns)
-    return torch.cat([corner, torch.full_like(corner, patch)], dim=1).repeat(grid[0] * grid[1], 1)
-
-
 def _check(config: GridConfig, class_token: bool) -> None:
     if config.bands < 1 or config.depth < 0 or config.heads < 1 or config.rank < 1:
         raise ValueError(f"bands, heads and rank must be at least 1, depth at least 0: {config}")
@@ -310,25 +300,9 @@ def _check(config: GridConfig, class_token: bool) -> None:
         raise ValueError(f"width {config.width} must be divisible by heads {config.heads}")
     if config.attention == "axial" and config.heads % 2:
         raise ValueError(f"axial attention gives half of the heads to each axis: heads must be even, not {config.heads}")
-    if config.image_size % config.patch or not config.image_size:
-        fits = max(1, round(config.image_size / config.patch)) * config.patch
-        raise ValueError(f"image_size {config.image_size} is not divisible by patch {config.patch}; {fits} would be")
+    check_image_size(config.image_size, config.patch)
     if config.pool == "class" and not class_token:
         raise ValueError("this encoder has no class token: pool must be mean")
-
-
-def require(ours: dict[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """`ours`, or ValueError unless its names and shapes are those of the module that `build` makes."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
-    if unknown := sorted(set(ours) - set(expected)):
-        raise ValueError(f"these are no weights of this encoder: {', '.join(unknown)}")
-    if missing := sorted(set(expected) - set(ours)):
-        raise ValueError(f"these weights are missing: {', '.join(missing)}")
-    for name, tensor in ours.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, and would have to be {expected[name]}")
-    return ours
 
 
 SENTINEL2 = ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))  # of B2…B8, B8A, B11, B12, as published
@@ -401,7 +375,7 @@ def from_published(state: dict[str, Tensor], config: GroupViTConfig) -> dict[str
     if "channel_embed" in state:
         table = sincos(config.group_width, torch.arange(len(_groups(config)))).float()
         check_plain_table(state["channel_embed"], table, "channel_embed")
-    return require(ours, lambda: GroupViT(config))
+    return fitting(ours, GroupViT, config)
 
 
 def check_plain_table(theirs_1nd: Tensor, ours_nd: Tensor, name: str) -> None:

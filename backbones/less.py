@@ -27,6 +27,7 @@ from swath.backbones.base import (
     register,
     sincos,
 )
+from swath.backbones.grid import boxes, check_image_size, check_images, patch_grid
 from swath.backbones.vit import Mlp
 from swath.kernels.embed import visible_patch_embedding
 from swath.kernels.kronecker import kronecker_attention
@@ -241,16 +242,11 @@ class LESS(Backbone):
                 nn.init.zeros_(part.bias)
 
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
-        patch = self.config.patch
-        if height % patch or width % patch or not height or not width:
-            fits = f"{max(1, round(height / patch)) * patch}×{max(1, round(width / patch)) * patch}"
-            raise ValueError(f"image of {height}×{width} pixels is not divisible by patch {patch}; {fits} would be")
-        return 1, self.config.bands, height // patch, width // patch
+        return 1, self.config.bands, *patch_grid(height, width, self.config.patch)
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> SpacedTokens:
         """`ctx.gsd_m` (B,) and `ctx.wavelength_nm` (C,) place the tokens; the configuration's stand in for them."""
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
         grid, product, ctx = self.grid(*images_bchw.shape[2:]), _product(keep), ctx or Context()
         x_bgnd = self._embed(images_bchw, product)
         # in the weights' dtype, so that a backbone loaded in bf16 stays in it
@@ -260,7 +256,7 @@ class LESS(Backbone):
         if product is not None:
             position_bnd, band_bgd = _kept(position_bnd, product.positions), _kept(band_bgd, product.groups)
         x_bkd = (x_bgnd + position_bnd[:, None] + band_bgd[:, :, None]).flatten(1, 2)
-        return SpacedTokens(x_bkd, grid, self._boxes(grid, device), keep, None, position_bnd, band_bgd, ctx.gsd_m)
+        return SpacedTokens(x_bkd, grid, boxes(grid, self.config.patch, device), keep, None, position_bnd, band_bgd, ctx.gsd_m)
 
     def _embed(self, images_bchw: Tensor, keep: ProductKeep | None) -> Tensor:
         """(B, g, n, D). Where samples keep optical and radar bands in numbers of their own, both embeds see all that is kept."""
@@ -346,11 +342,6 @@ class LESS(Backbone):
             maps[self.config.patch] = x_bkd.unflatten(1, (groups, *tokens.grid[2:])).mean(dim=1).permute(0, 3, 1, 2)
         return Features(prefix[:, 0] if self.config.pool == "class" else x_bkd.mean(dim=1), x_bkd, prefix, maps, tapped)
 
-    def _boxes(self, grid: tuple[int, int, int, int], device: torch.device) -> Tensor:
-        rows, columns = (torch.arange(count, device=device) * self.config.patch for count in grid[2:])
-        corner = torch.cartesian_prod(rows, columns).repeat(grid[1], 1)
-        return torch.cat([corner, torch.full_like(corner, self.config.patch)], dim=1)
-
 
 def perception_field(place_bn: Tensor, columns: int, reach_b: Tensor) -> Tensor:
     """(B, 1 + n, 1 + n) bool, or without B where there is one for all: places of a raster of `columns` that are no further apart
@@ -401,9 +392,7 @@ def _check(config: LESSConfig) -> None:
         raise ValueError(f"wavelength_nm must be {config.bands} numbers, one a band, not {len(config.wavelength_nm)}")
     if config.gsd_m <= 0 or config.perception_m < 0:
         raise ValueError(f"gsd_m {config.gsd_m} must be positive, perception_m {config.perception_m} not negative")
-    if config.image_size % config.patch:
-        fits = max(1, round(config.image_size / config.patch)) * config.patch
-        raise ValueError(f"image_size {config.image_size} is not divisible by patch {config.patch}; {fits} would be")
+    check_image_size(config.image_size, config.patch)
 
 
 def from_published(state: dict[str, Tensor], config: LESSConfig) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, register
-from swath.backbones.dynamicvis import STRIDES, pyramid_boxes, pyramid_grid, refuse_keep
+from swath.backbones.dynamicvis import STRIDES
+from swath.backbones.grid import boxes, check_images, pyramid_grid, refuse_keep
 from swath.kernels.linear import Linear
 
 # What a classifier owns in a published file.
@@ -236,11 +237,10 @@ class LWGANet(Backbone):
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
         """The stem's map as (B, H/4 · W/4, D); grid and boxes are those of the last stage."""
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
         refuse_keep(keep)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
-        return Tokens(self.stem(images_bchw).flatten(2).mT, grid, pyramid_boxes(grid, self.mask_unit, images_bchw.device))
+        return Tokens(self.stem(images_bchw).flatten(2).mT, grid, boxes(grid, self.mask_unit, images_bchw.device))
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
         refuse_keep(keep)

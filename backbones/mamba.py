@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Recomputed, register, sincos_grid
-from swath.backbones.column import Column, by_cluster, by_column, fitting
+from swath.backbones.base import Recomputed, fitting, register, sincos_grid
+from swath.backbones.column import Column, by_cluster, by_column
 from swath.kernels.conv import causal_conv1d
 from swath.kernels.linear import Linear
 from swath.kernels.scan import selective_scan

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, register
-from swath.backbones.column import boxes, fitting, mean_of, patch_grid, resize_positions
+from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, fitting, mean_of, register
+from swath.backbones.grid import boxes, check_images, patch_grid, refuse_keep, resize_positions
 from swath.backbones.mamba import Mixer, mixer_from_published
 from swath.kernels.conv import causal_conv1d
 from swath.kernels.linear import Linear
 from swath.kernels.scan import selective_scan
 
 EPS = 1e-6
+_INSTEAD = "give `tokenize_hidden` what is hidden, since its patches overlap"
 # Odd 63-bit numbers that mix places and layers well (SplitMix64's, halved to fit a signed integer).
 _STRIDE, _LAYER, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB
 
@@ -120,14 +121,13 @@ class RSMamba(Backbone):
         return 1, 1, *((side - self.config.patch) // self.config.stride + 1 for side in (height, width))  # type: ignore[return-value]
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
-        _refuse(keep)
+        check_images(images_bchw, self.config.bands)
+        refuse_keep(keep, _INSTEAD)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         own = self.grid(self.config.image_size, self.config.image_size)[2:]
         x_bnd = self.patch_embed(images_bchw).flatten(2).transpose(1, 2)
         x_bnd = x_bnd + resize_positions(self.pos_embed, own, grid[2:]).to(self.patch_embed.weight.dtype)
-        return Tokens(x_bnd, grid, boxes(*grid[2:], self.config.stride, self.config.patch, images_bchw.device))
+        return Tokens(x_bnd, grid, boxes(grid, self.config.stride, images_bchw.device, self.config.patch))
 
     def tokenize_hidden(self, images_bchw: Tensor, hidden_bhw: Tensor, ctx: Context | None = None) -> Tokens:
         """Tokens of images where `hidden` (B, H / mask_unit, W / mask_unit) bool is True for what must not be seen: every token
@@ -152,7 +152,7 @@ class RSMamba(Backbone):
         return (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)).argsort(stable=True)
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
-        _refuse(tokens.keep if keep is None else keep)
+        refuse_keep(tokens.keep if keep is None else keep, _INSTEAD)
         x_bnd, mask = tokens.x, tokens.present
         if mask is not None:
             x_bnd = torch.where(mask[..., None], x_bnd, 0.0)
@@ -177,11 +177,6 @@ class RSMamba(Backbone):
         around = (across - 1,) * 4
         sum_bdhw, count_11hw = (F.avg_pool2d(F.pad(m, around), across, 1) for m in (x_bdhw, torch.ones_like(x_bdhw[:1, :1])))
         return sum_bdhw / count_11hw
-
-
-def _refuse(keep: Keep | None) -> None:
-    if keep is not None:
-        raise ValueError("rsmamba cannot encode a subset of tokens, which share pixels; give `tokenize_hidden` what is hidden")
 
 
 def from_published(state: Mapping[str, Tensor], config: RSMambaConfig) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Context, register
-from swath.backbones.group_vit import SIZES, TINY, GridConfig, GridViT, require
+from swath.backbones.base import Context, fitting, register
+from swath.backbones.grid import resize_positions
+from swath.backbones.group_vit import SIZES, TINY, GridConfig, GridViT
 from swath.kernels.embed import visible_patch_embedding
 
 
@@ -68,12 +68,8 @@ class SpectralViT(GridViT):
 
     def positions(self, grid: tuple[int, int, int, int], ctx: Context | None, batch: int, device: torch.device) -> Tensor:
         side = self.config.image_size // self.config.patch
-        space_1nd = self.pos_embed_spatial
-        if grid[2:] != (side, side):
-            table_1dhw = space_1nd.float().transpose(1, 2).unflatten(2, (side, side))
-            resized = F.interpolate(table_1dhw, grid[2:], mode="bicubic", align_corners=False)
-            space_1nd = resized.flatten(2).transpose(1, 2).to(space_1nd.dtype)
-        return (self.pos_embed_temporal[:, :, None] + space_1nd[:, None]).flatten(1, 2)
+        space_nd = resize_positions(self.pos_embed_spatial, (side, side), grid[2:]).to(self.pos_embed_spatial.dtype)
+        return (self.pos_embed_temporal[:, :, None] + space_nd).flatten(1, 2)
 
 
 def from_published(state: dict[str, Tensor], config: SpectralViTConfig) -> dict[str, Tensor]:
@@ -91,4 +87,4 @@ def from_published(state: dict[str, Tensor], config: SpectralViTConfig) -> dict[
             ours[f"{block}.attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
         elif not any(f".attn.{part}." in name and name.replace(f".attn.{part}.", ".attn.q.") in state for part in "kv"):
             ours[name] = tensor
-    return require(ours, lambda: SpectralViT(config))
+    return fitting(ours, SpectralViT, config)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from swath.backbones.base import Context, register, sincos, sincos_grid
+from swath.backbones.base import Context, fitting, register, sincos, sincos_grid
 from swath.backbones.context import civil
-from swath.backbones.group_vit import SIZES, TINY, GridConfig, GridViT, require
+from swath.backbones.group_vit import SIZES, TINY, GridConfig, GridViT
 from swath.backbones.spectral_vit import stacked
 from swath.backbones.vit import PatchEmbed, check_table, init_weights
 from swath.kernels.embed import visible_patch_embedding
@@ -99,4 +99,4 @@ def from_published(state: dict[str, Tensor], config: TemporalViTConfig) -> dict[
     if "pos_embed" in state:
         place = torch.arange(config.image_size // config.patch)
         check_table(state["pos_embed"], sincos_grid(config.width - 3 * config.date_width, place, place), "pos_embed")
-    return require(ours, lambda: TemporalViT(config))
+    return fitting(ours, TemporalViT, config)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Recomputed, register
-from swath.backbones.column import Column, fitting
+from swath.backbones.base import Recomputed, fitting, register
+from swath.backbones.column import Column
 from swath.backbones.mamba import EPS, Mixer, column_from_published
 
 

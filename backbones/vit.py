@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, gather, places, register, sincos_grid
 from swath.backbones.context import ContextEncoding
+from swath.backbones.grid import boxes, check_image_size, check_images, patch_grid, resize_positions
 from swath.kernels.embed import visible_patch_embedding
 from swath.kernels.linear import Linear, linear
 
@@ -150,15 +151,10 @@ class ViT(Backbone):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
-        patch = self.config.patch
-        if height % patch or width % patch or not height or not width:
-            fits = f"{max(1, round(height / patch)) * patch}×{max(1, round(width / patch)) * patch}"
-            raise ValueError(f"image of {height}×{width} pixels is not divisible by patch {patch}; {fits} would be")
-        return 1, 1, height // patch, width // patch
+        return 1, 1, *patch_grid(height, width, self.config.patch)
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
+        check_images(images_bchw, self.config.bands)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         # in the weights' dtype, so that a backbone loaded in bf16 stays in it
         position_nd = self.positions(grid[2], grid[3], images_bchw.device).to(self.patch_embed.proj.weight.dtype)
@@ -167,7 +163,7 @@ class ViT(Backbone):
         x_bkd = x_bkd + (position_nd if index_bk is None else position_nd[index_bk])
         if self.context is not None:
             x_bkd = x_bkd + self.context(ctx, len(x_bkd))[:, None]
-        return Tokens(x_bkd, grid, _boxes(grid, self.config.patch, images_bchw.device), keep)
+        return Tokens(x_bkd, grid, boxes(grid, self.config.patch, images_bchw.device), keep)
 
     def positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(rows · columns, D) positions, interpolated to the grid of `image_size` where the grid is another one."""
@@ -175,11 +171,7 @@ class ViT(Backbone):
         if self.config.positions == "sincos":
             row, column = ((torch.arange(n, dtype=torch.float64, device=device) + 0.5) * side / n - 0.5 for n in (rows, columns))
             return sincos_grid(self.width, row, column).float()
-        if (rows, columns) == (side, side):
-            return self.pos_embed[0]
-        table_1dhw = self.pos_embed.view(1, side, side, self.width).permute(0, 3, 1, 2)
-        resized = F.interpolate(table_1dhw.float(), (rows, columns), mode="bicubic", align_corners=False)
-        return resized.flatten(2)[0].T
+        return resize_positions(self.pos_embed, (side, side), (rows, columns))
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
         x_bkd, present_bk = tokens.x, tokens.present
@@ -227,20 +219,12 @@ class ViT(Backbone):
         return torch.cat([mean_bd, spread_bd, step_bd], dim=1)
 
 
-def _boxes(grid: tuple[int, int, int, int], patch: int, device: torch.device) -> Tensor:
-    rows, columns = (torch.arange(n, device=device) * patch for n in grid[2:])
-    corner = torch.cartesian_prod(rows, columns)
-    return torch.cat([corner, torch.full_like(corner, patch)], dim=1)
-
-
 def _check(config: ViTConfig) -> None:
     if config.bands < 1 or config.depth < 0 or config.heads < 1:
         raise ValueError(f"bands and heads must be at least 1, depth at least 0: {config}")
     if config.width % (4 if config.positions == "sincos" else 1) or config.width % config.heads:
         raise ValueError(f"width {config.width} must be divisible by heads {config.heads}, and by 4 for sincos positions")
-    if config.image_size % config.patch:
-        fits = max(1, round(config.image_size / config.patch)) * config.patch
-        raise ValueError(f"image_size {config.image_size} is not divisible by patch {config.patch}; {fits} would be")
+    check_image_size(config.image_size, config.patch)
 
 
 def init_weights(module: nn.Module) -> None:

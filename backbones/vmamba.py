@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, register
-from swath.backbones.column import boxes, by_column, fitting, patch_grid
+from swath.backbones.base import Backbone, Context, Features, Keep, Recomputed, Tokens, fitting, register
+from swath.backbones.column import by_column
+from swath.backbones.grid import boxes, check_images, pyramid_grid, refuse_keep
 from swath.backbones.mamba import init_dt_bias
 from swath.backbones.vit import Mlp
 from swath.kernels.linear import Linear
@@ -162,20 +163,19 @@ class VMamba(Backbone):
                     nn.init.zeros_(module.bias)
 
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
-        return 1, 1, *patch_grid(height, width, self.mask_unit, "the total stride")
+        return pyramid_grid(height, width, self.mask_unit)
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
-        if images_bchw.ndim != 4 or images_bchw.shape[1] != self.config.bands:
-            raise ValueError(f"images must be (B, {self.config.bands}, H, W), not {tuple(images_bchw.shape)}")
-        _refuse(keep)
+        check_images(images_bchw, self.config.bands)
+        refuse_keep(keep)
         grid = self.grid(images_bchw.shape[2], images_bchw.shape[3])
         first, second = self.stem
         x_bhwd = second(F.gelu(first(images_bchw.permute(0, 2, 3, 1))))
-        return Tokens(x_bhwd.flatten(1, 2), grid, boxes(grid[2], grid[3], self.mask_unit, self.mask_unit, images_bchw.device))
+        return Tokens(x_bhwd.flatten(1, 2), grid, boxes(grid, self.mask_unit, images_bchw.device))
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
         """`taps` number blocks through all stages; each has its stage's width and number of tokens."""
-        _refuse(tokens.keep if keep is None else keep)
+        refuse_keep(tokens.keep if keep is None else keep)
         x_bhwd = tokens.x.unflatten(1, (tokens.grid[2] * self.mask_unit // STRIDES[0], -1))
         tapped = {-1: tokens.x} if -1 in taps else {}
         maps: dict[int, Tensor] = {}
@@ -194,11 +194,6 @@ class VMamba(Backbone):
             maps[STRIDES[stage]] = x_bhwd.permute(0, 3, 1, 2)
         x_bnd = x_bhwd.flatten(1, 2)
         return Features(x_bnd.mean(dim=1), x_bnd, x_bnd[:, :0], maps, tapped)
-
-
-def _refuse(keep: Keep | None) -> None:
-    if keep is not None:
-        raise ValueError("vmamba cannot encode a subset of tokens; mask pixels with `hide`, in units of 32, instead of `keep`")
 
 
 _RENAMED = {
