@@ -4,7 +4,7 @@
 
 Forward passes of one image of 3 bands without gradients, in fp32 on a CPU, bf16 autocast on a GPU. Peak memory is what the
 allocator held at most beyond weights and input. For families of linear cost the exponents of time and memory over tokens are
-fitted (1 is linear), between 512² and the largest size.
+fitted (1 is linear), between 512² and the largest size. At the end, DynamicVis against ViT at the largest size, both base.
 """
 
 import argparse
@@ -90,6 +90,24 @@ def exponent(rows: dict[str, dict[str, Any]], key: str) -> float | None:
     return round(sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points), 2)
 
 
+def against_vit(size: int, device: torch.device) -> dict[str, Any]:
+    """DynamicVis-base and ViT-base with SDPA, alternating; explicit attention by its scores alone, of one layer in fp32."""
+    ours, vit = (create(name, bands=3, image_size=224).eval().to(device) for name in ("dynamicvis_base", "vit_base_patch16"))
+    pairs = [(measure(ours, size, device, 0.1), measure(vit, size, device, 0.1)) for _ in range(2)]
+    peak, vit_peak = (statistics.median(pair[i]["peak_mib"] for pair in pairs) for i in (0, 1))
+    tokens = pairs[0][1]["tokens"]
+    explicit = vit.config.heads * tokens**2 * 4 / 2**20
+    return {
+        "size": size,
+        "dynamicvis_base": [pair[0] for pair in pairs],
+        "vit_base_patch16": [pair[1] for pair in pairs],
+        "explicit_scores_mib": round(explicit, 1),
+        "memory_over_vit": round(peak / vit_peak, 3),
+        "memory_over_explicit": round(peak / explicit, 3),
+        "time_over_vit": round(statistics.median(p[1]["images_per_second"] / p[0]["images_per_second"] for p in pairs), 3),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="*", default=chosen())
@@ -120,6 +138,9 @@ def main() -> int:
         else torch.cuda.get_device_name(),
         "families": families,
     }
+    if args.larger:
+        result["against_vit"] = against_vit(max(args.larger), device)
+        print(json.dumps(result["against_vit"]), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

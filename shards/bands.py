@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swath.shards.errors import InputError
 
-Unit = Literal["reflectance", "digital number", "dB", "linear power", "radiance"]
+Unit = Literal["reflectance", "digital number", "dB", "linear power", "radiance", "kelvin", "metres", "class"]
 
 
 class Strict(BaseModel):
@@ -41,13 +41,18 @@ class Normalisation(Strict):
 
 
 class InputContract(Strict):
-    """Ordered bands of one modality and what their numbers mean after `value * scale + offset` of the sample."""
+    """Ordered bands of one modality and what their numbers mean after `value * scale + offset` of the sample.
+
+    A series holds `dates` of them: its channels are the bands of the first date, then those of the second, and so on.
+    SAR's `level` says which backscatter it is (sigma0, gamma0); a band without a wavelength has none invented.
+    """
 
     modality: str
     sensor: str
     level: str
     unit: Unit
     bands: tuple[Band, ...] = Field(min_length=1)
+    dates: int = Field(default=1, ge=1)
     normalisation: Normalisation
     dtype: str
     nodata: float | None = None
@@ -70,6 +75,11 @@ class InputContract(Strict):
     def names(self) -> tuple[str, ...]:
         return tuple(band.name for band in self.bands)
 
+    @property
+    def channels(self) -> int:
+        """Of a sample: the bands of all dates."""
+        return self.dates * len(self.bands)
+
     def require(self, other: "InputContract", *, ours: str, theirs: str, remedy: str) -> None:
         """Raise InputError, both sides band by band, unless `other` means the same bands in the same order and unit.
 
@@ -77,7 +87,7 @@ class InputContract(Strict):
         """
         heads = [
             (field, getattr(self, field), getattr(other, field))
-            for field in ("modality", "sensor", "level", "unit")
+            for field in ("modality", "sensor", "level", "unit", "dates")
             if getattr(self, field) != getattr(other, field)
         ]
         if not heads and [_identity(b) for b in self.bands] == [_identity(b) for b in other.bands]:

@@ -5,39 +5,82 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swath.shards.bands import InputContract
+from swath.shards.bands import InputContract, Unit
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person says about an archive that its files do not; every source takes what concerns it.
+
+    `chip` and `stride` in pixels cut scenes; `gsd_m` asks for another pixel size, by `resampling` (of rasterio's names).
+    `scale`, `add`, `nodata` and `unit` are of the stored values, and win over what files say.
+    """
+
+    chip: int | None = None
+    stride: int | None = None
+    bands: tuple[str, ...] | None = None
+    sensor: str | None = None
+    level: str | None = None
+    unit: Unit | None = None
+    scale: float | None = None
+    add: float | None = None
+    nodata: float | None = None
+    gsd_m: float | None = None
+    resampling: str = "nearest"
 
 
 @dataclass(frozen=True)
 class Item:
-    """`key` names the sample in the source, `lookup` is the path a split file knows it by, `place` is the source's own."""
+    """`key` names the sample in the source, `lookup` is the path a split file knows it by, `place` is the source's own.
+
+    The rest is told where it is known before decoding: the published `split`, degrees of the centre, time (ISO 8601), and the
+    share of the item (0 to 1) that its metadata call cloudy.
+    """
 
     key: str
     lookup: str
-    label: str | None
+    label: str | None = None
     place: Any = None
+    split: str | None = None
+    lat: float | None = None
+    lon: float | None = None
+    time: str | None = None
+    cloud: float | None = None
 
 
 @dataclass
-class Sample:
-    """A decoded item. `pixels` (C, H, W) as stored; `data` its bytes with `extension`; `valid` (H, W) uint8 or None.
+class Part:
+    """One modality of a sample. `pixels` (C, H, W) as stored, of a series date after date (dates · C, H, W).
 
-    Physical value = pixel · `scale` + `add`; `scale_source` says in words who claims that.
+    `valid` (H, W), of a series (dates, H, W), holds uint8 codes (0 nodata, 1 clear, 2 cloud, 3 shadow), None where all is clear.
+    Physical value = pixel · `scale` + `add`; `scale_source` says in words who claims that. `data` with `extension` are the
+    file's own bytes where they are kept as they came (jpg, png); without them `pixels` are encoded.
     """
 
     pixels: np.ndarray
-    data: bytes
-    extension: str
+    data: bytes | None = None
+    extension: str = "npy"
     valid: np.ndarray | None = None
     scale: float = 1.0
     add: float = 0.0
     scale_source: str = "none: values as stored"
+
+
+@dataclass
+class Sample:
+    """A decoded item: `parts` by modality; one that this sample lacks has no entry, and is a mask for whoever reads it.
+
+    `meta` goes into the sample's JSON. These keys have a meaning: `lat`, `lon` (degrees, of the centre), `gsd_m`, `time` (ISO
+    8601), `times` ({modality: [ISO 8601, one for each date]}), `crs`, `bounds`, `labels`, `captions`.
+    """
+
+    parts: dict[str, Part]
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    """`fingerprint` changes when the files do; `contract` has no statistics yet; `classes` fixes the label numbers.
+    """`fingerprint` changes when the files do; `contracts`, by modality, have no statistics yet; `classes` fixes the labels' numbers.
 
     `notes` are lines that a person must hear: what was guessed, and what was left out.
     """
@@ -45,7 +88,7 @@ class Source(Protocol):
     dataset: str
     kind: str
     classes: tuple[str, ...]
-    contract: InputContract
+    contracts: dict[str, InputContract]
     items: list[Item]
     fingerprint: str
     notes: tuple[str, ...]
