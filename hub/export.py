@@ -24,7 +24,7 @@ from swath.kernels.dispatch import OPERATORS, use
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
 from swath.shards.prepare import prepare
-from swath.shards.reader import Chips
+from swath.shards.reader import Chips, Stored
 
 _CHECK = Path(__file__).with_name("check.py")
 
@@ -145,8 +145,9 @@ def _expected(loaded: Loaded) -> dict[str, torch.Tensor]:
     count = torch.arange(2)
     size = torch.tensor([[height, width]] * 2)
     one = torch.ones(2, dtype=torch.float64)
-    chips = Chips(raw, None, size, scale=one, add=0 * one, id=count, visit=0 * count, label=0 * count)
-    pixel_values = prepare(chips, contract, loaded.size).images[contract.modality]
+    stored = Stored(raw, None, size, scale=one, add=0 * one)
+    chips = Chips({contract.modality: stored}, id=count, visit=0 * count, label=0 * count)
+    pixel_values = prepare(chips, {contract.modality: contract}, loaded.size).images[contract.modality]
     device = next(loaded.backbone.parameters()).device
     # the folder carries the reference operators
     with torch.inference_mode(), use(**_reference()):

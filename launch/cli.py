@@ -5,8 +5,10 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 import swath
+from swath.shards.bands import Unit
 from swath.shards.errors import InputError
 
 STOPPED = 85
@@ -25,11 +27,16 @@ def _scenes(args: argparse.Namespace) -> int:
 
 def _shard(args: argparse.Namespace) -> int:
     from swath.shards.ingest import shard
+    from swath.shards.sources.source import Options
 
-    bands = args.bands.split(",") if args.bands else None
+    bands = tuple(args.bands.split(",")) if args.bands else None
+    options = Options(
+        chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor, level=args.level, unit=args.unit, scale=args.scale,
+        add=args.add, nodata=args.nodata, gsd_m=args.gsd, resampling=args.resampling,
+    )  # fmt: skip
     made = shard(
-        args.source, args.out, split=args.split, chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor,
-        level=args.level, max_failed=args.max_failed, max_nodata=args.max_nodata,
+        args.source, args.out, options=options, recipe=args.recipe, split=args.split,
+        max_failed=args.max_failed, max_nodata=args.max_nodata,
     )  # fmt: skip
     for name, manifest in made.items():
         skipped = f", {len(manifest.skipped)} not decodable (listed in manifest.json)" if manifest.skipped else ""
@@ -123,12 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("shard", help="rasters or images to shards")
     p.add_argument("source", type=Path, help="folder or zip")
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--recipe", help="a published data set's layout (see swath recipes)")
     p.add_argument("--split", type=Path, help="CSV with columns file,class,split")
     p.add_argument("--chip", type=int, help="pixels on each side (64, or whole files where all are small)")
     p.add_argument("--stride", type=int, help="pixels between chips (the chip's size)")
     p.add_argument("--bands", help="band names in file order, separated by commas, where the files do not name them")
     p.add_argument("--sensor", help="where it cannot be told from the files")
     p.add_argument("--level", help="processing level, where it cannot be told from the files")
+    p.add_argument("--unit", choices=get_args(Unit), help="of the values after scale and offset")
+    p.add_argument("--scale", type=float, help="physical value = DN · scale + add; wins over what files say")
+    p.add_argument("--add", type=float, help="see --scale; for instance -0.1 for Sentinel-2 from baseline 04.00 on")
+    p.add_argument("--nodata", type=float, help="the DN that stands for nodata")
+    p.add_argument("--gsd", type=float, help="metres per pixel to resample scenes to")
+    p.add_argument("--resampling", default="nearest", help="how: nearest, bilinear, cubic, average (nearest)")
     p.add_argument("--max-failed", type=float, default=0.01, help="share of files that may be undecodable (0.01)")
     p.add_argument("--max-nodata", type=float, default=0.5, help="share of nodata above which a chip is left out (0.5)")
     p.set_defaults(run=_shard)

@@ -265,12 +265,12 @@ class _Trainer:
         ids = []
         for _ in range(self.accumulate):
             start = time.perf_counter()
-            chips: Chips = next(loader).to(self.device)
+            chips: Chips = next(loader).chips.to(self.device)
             waited += time.perf_counter() - start
             ids.append(chips.id)
             draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
-            view = augment.view(self.recipe.data.augment, draw, chips.size)
-            batch = prepare(chips, self.contract, self.size, view)
+            view = augment.view(self.recipe.data.augment, draw, chips.stored[self.contract.modality].size)
+            batch = prepare(chips, self.reader.contracts, self.size, view)
             with precision.autocast(self.chosen["precision"], self.device):
                 outcome = self.model(batch, draw)
             (outcome.numerator / share).backward()
@@ -355,7 +355,7 @@ class _Trainer:
         self.model.eval()
         with torch.no_grad(), precision.autocast(self.chosen["precision"], self.device):
             for first in range(0, count, self.micro):
-                batch = prepare(chips.part(slice(first, first + self.micro)), self.contract, self.size)
+                batch = prepare(chips.part(slice(first, first + self.micro)), self.reader.contracts, self.size)
                 outcome = self.model(batch, Draw(self.recipe.run.seed, batch.id, batch.visit))
                 numerator, weight = numerator + float(outcome.numerator), weight + float(outcome.weight)
                 parts.append(self.model.backbone(batch.images[self.contract.modality]))

@@ -61,10 +61,10 @@ def extract(
     size = size or loaded.size
     device = next(loaded.backbone.parameters()).device
     x = np.empty((len(numbers), loaded.backbone.pooled_width), dtype=np.float32)
-    done = 0
+    modality, done = loaded.contract.modality, 0
     with torch.inference_mode(), tqdm(total=len(numbers), desc="features", unit="img", disable=not progress) as bar:
         for chips in _decoded_ahead(reader, numbers, batch):
-            images = prepare(chips.to(device), loaded.contract, size).images[loaded.contract.modality]
+            images = prepare(chips.to(device), {modality: loaded.contract}, size).images[modality]
             pooled = loaded.backbone(images).pooled
             x[done : done + len(pooled)] = pooled.float().cpu().numpy()
             done += len(pooled)

@@ -47,7 +47,7 @@ class InputContract(Strict):
     SAR's `level` says which backscatter it is (sigma0, gamma0); a band without a wavelength has none invented.
     """
 
-    modality: str
+    modality: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,17}$")  # with a key it must fit into a tar name
     sensor: str
     level: str
     unit: Unit

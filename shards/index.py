@@ -15,10 +15,17 @@ from swath.shards.errors import InputError
 from swath.shards.files import write_bytes
 
 NAME, KEYS = "index.bin", "keys.bin"
-_MAGIC = b"SWATHIX1"
+_MAGIC = b"SWATHIX2"
 _HEADER = struct.Struct("<8sQI44x")
 
-SAMPLE = np.dtype([("id", "<i8"), ("key_start", "<u8"), ("key_length", "<u4"), ("label", "<i4"), ("block", "<i8")])
+# lat and lon of the centre in degrees (float32 tells 2 m apart), gsd_m: NaN where unknown; time: UTC seconds since 1970
+SAMPLE = np.dtype(
+    [
+        ("id", "<i8"), ("key_start", "<u8"), ("key_length", "<u4"), ("label", "<i4"), ("block", "<i8"), ("time", "<i8"),
+        ("lat", "<f4"), ("lon", "<f4"), ("gsd_m", "<f4"), ("reserved", "<u4"),
+    ]
+)  # fmt: skip
+NO_TIME = np.iinfo(np.int64).min
 MEMBER = np.dtype(
     [
         ("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc32", "<u4"), ("format", "<u4"),
@@ -26,6 +33,7 @@ MEMBER = np.dtype(
     ]
 )  # fmt: skip
 FORMATS = ("absent", "jpg", "png", "npy", "json")
+VALID = ".valid"  # of a modality's validity mask: `<key>.<modality>.valid.npy`, and its column in the index
 
 
 @dataclass
@@ -52,8 +60,8 @@ class Index:
 
 
 def columns_of(modalities: list[str]) -> tuple[str, ...]:
-    """The members that a sample can have: each modality, the validity mask, and the JSON."""
-    return (*modalities, "valid", "json")
+    """The members that a sample can have: each modality, the validity mask of each, and the JSON."""
+    return (*modalities, *(name + VALID for name in modalities), "json")
 
 
 def open_index(folder: Path, columns: tuple[str, ...]) -> Index:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +27,12 @@ from swath.shards.journal import FOLDER, building
 from swath.shards.manifest import NAME, Manifest, read_manifest
 from swath.shards.packer import Job, Limits, Packed, Packer
 from swath.shards.sources.open import open_source
-from swath.shards.sources.source import Source
+from swath.shards.sources.source import Options, Source
 from swath.shards.sources.split import assign
 from swath.shards.statistics import Statistics
 from swath.shards.writer import flat_keys
 
-_VERSION = 2  # of what is written for one plan; a change makes unfinished ingests start over
+_VERSION = 3  # of what is written for one plan; a change makes unfinished ingests start over
 _log = logging.getLogger(__name__)
 
 
@@ -40,30 +40,28 @@ def shard(
     source: Path,
     out: Path,
     *,
+    options: Options | None = None,
+    recipe: str | None = None,
     split: Path | None = None,
-    chip: int | None = None,
-    stride: int | None = None,
-    bands: Sequence[str] | None = None,
-    sensor: str | None = None,
-    level: str | None = None,
     max_failed: float = 0.01,
     max_nodata: float = 0.5,
     shard_bytes: int = 256 << 20,
     progress: bool = True,
 ) -> dict[str, Manifest]:
-    """Make shards of `source` in `out`; with a split file one folder per split, keyed by its name, else the key is "".
+    """Make shards of `source` in `out`; with splits one folder for each, keyed by its name, else the key is "".
 
-    `chip` and `stride` (pixels) cut GeoTIFF scenes; by default files are taken whole where none exceeds 256 px, else cut
-    at 64. Chips with more than `max_nodata` of their pixels invalid are left out. Files that cannot be decoded are listed
+    Splits are those of a split file, or those that a published data set comes with. `recipe` names its layout
+    (shards/recipes); without one the kind of source is told from its files, as `options` say. Chips with more than `max_nodata` of their pixels invalid are left out. Files that cannot be decoded are listed
     in the manifest, and more than `max_failed` of all stop the run. A killed run continues when called again; a finished
     one is only checked. Raises InputError.
     """
     source, out = Path(source), Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at `out`
-    _check_numbers(chip, stride, max_failed, max_nodata, shard_bytes)
-    opened = open_source(source, chip=chip, stride=stride, bands=tuple(bands) if bands else None, sensor=sensor, level=level)
+    options = options or Options()
+    _check_numbers(options, max_failed, max_nodata, shard_bytes)
+    opened = open_source(source, options, recipe)
     jobs, classes, unlisted = _jobs(opened, split)
-    options = {"chip": chip, "stride": stride, "shard_bytes": shard_bytes, "max_nodata": max_nodata}
-    plan = _fingerprint(opened, jobs, classes, options)
+    said = {"recipe": recipe, **asdict(options), "shard_bytes": shard_bytes, "max_nodata": max_nodata}
+    plan = _fingerprint(opened, jobs, classes, said)
     if (finished := _finished(out, plan, list(jobs))) is not None:
         return finished
     for note in (*opened.notes, *([f"{unlisted} chips are not in {split} and are left out"] if unlisted else [])):
@@ -85,10 +83,10 @@ def shard(
                     f"no samples are left{f' for split {name}' if name else ''}: {packed.left_out} are mostly nodata "
                     f"(--max-nodata {max_nodata}) and {len(packed.skipped)} cannot be decoded"
                 )
-            manifests[name] = _manifest(opened, classes, plan, {**options, "not_in_split": unlisted}, packed)
+            manifests[name] = _manifest(opened, classes, plan, {**said, "not_in_split": unlisted}, packed)
         for name, manifest in manifests.items():
             rows = made[name].rows
-            columns = columns_of([opened.contract.modality])
+            columns = columns_of(list(opened.contracts))
             Index(rows.samples, rows.members, np.frombuffer(rows.keys, np.uint8), columns).write(partial / name)
             manifest.write(partial / name)
         shutil.rmtree(partial / FOLDER)
@@ -115,7 +113,10 @@ def _jobs(source: Source, split: Path | None) -> tuple[dict[str, list[Job]], tup
     keys = flat_keys([item.key for item in source.items])
     classes = source.classes
     if split is None:
-        parts, unlisted = {"": [Job(k, i, i.label, -1) for k, i in zip(keys, source.items, strict=True)]}, 0
+        parts, unlisted = {}, 0
+        rest = "rest" if any(item.split for item in source.items) else ""
+        for key, item in zip(keys, source.items, strict=True):
+            parts.setdefault(item.split or rest, []).append(Job(key, item, item.label, -1))
     else:
         rows = assign(split, source.items)
         parts = {}
@@ -134,7 +135,10 @@ def _manifest(source: Source, classes: tuple[str, ...], plan: str, options: dict
     return Manifest(
         dataset=source.dataset,
         samples=len(packed.rows.samples),
-        contracts={source.contract.modality: contract_with(source.contract, packed.statistics, packed.sizes)},
+        contracts={
+            name: contract_with(contract, packed.statistics[name], packed.sizes[name])
+            for name, contract in source.contracts.items()
+        },
         classes=classes,
         shards=tuple(packed.shards),
         skipped=tuple(packed.skipped),
@@ -156,7 +160,8 @@ def contract_with(contract: InputContract, statistics: Statistics, sizes: set[tu
 
 def _fingerprint(source: Source, jobs: dict[str, list[Job]], classes: tuple[str, ...], options: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([_VERSION, packer.MAX_SAMPLES, source.fingerprint, classes, options]).encode())
-    digest.update(source.contract.model_dump_json().encode())
+    for contract in source.contracts.values():
+        digest.update(contract.model_dump_json().encode())
     for name, part in jobs.items():
         for job in part:
             digest.update(repr((name, job.key, job.label, job.block)).encode())
@@ -174,8 +179,8 @@ def _finished(out: Path, plan: str, names: list[str]) -> dict[str, Manifest] | N
     raise InputError(f"{out} exists and was not made by this command; remove it or choose another --out")
 
 
-def _check_numbers(chip: int | None, stride: int | None, max_failed: float, max_nodata: float, shard_bytes: int) -> None:
-    for name, value in (("--chip", chip), ("--stride", stride), ("--shard-bytes", shard_bytes)):
+def _check_numbers(options: Options, max_failed: float, max_nodata: float, shard_bytes: int) -> None:
+    for name, value in (("--chip", options.chip), ("--stride", options.stride), ("--shard-bytes", shard_bytes)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     for name, share in (("--max-failed", max_failed), ("--max-nodata", max_nodata)):

@@ -29,18 +29,10 @@ class Report:
 def inspect(folder: Path, sheet: Path | None = None) -> Report:
     """Describe `folder`, and write 8×8 of its samples to `sheet` (by default contact_sheet.png inside it)."""
     reader = ShardReader(folder)
-    manifest, contract = reader.manifest, reader.contract
-    size = f"{contract.height}×{contract.width}" if contract.height else "of several sizes"
-    lines = [
-        f"{manifest.dataset}: {manifest.samples} samples {size}, {contract.sensor} {contract.level}, {contract.unit}, "
-        f"stored as {contract.dtype}, nodata {contract.nodata}",
-        f"{'band':<12}{'nm':>9}{'gsd m':>9}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
-    ]
-    norm = contract.normalisation
-    for row, band in enumerate(contract.bands):
-        known = "".join("        –" if v is None else f"{v:9g}" for v in (band.wavelength_nm, band.gsd_m))
-        values = (norm.mean, norm.std, norm.minimum, norm.maximum)
-        lines.append(f"{band.name:<12}{known}" + "".join(f"{v[row]:12.5g}" if v else f"{'–':>12}" for v in values))
+    manifest = reader.manifest
+    lines = [f"{manifest.dataset}: {manifest.samples} samples"]
+    for contract in reader.contracts.values():
+        lines += _modality(contract, sum(reader.has(n, contract.modality) for n in range(len(reader))))
     counts = np.bincount(reader.labels + 1, minlength=len(manifest.classes) + 1)
     lines += [f"class {name}: {count}" for name, count in zip(("(none)", *manifest.classes), counts, strict=False) if count]
     lines += [f"{s.name}: {s.samples} samples, {s.bytes} bytes" for s in manifest.shards]
@@ -55,14 +47,32 @@ def inspect(folder: Path, sheet: Path | None = None) -> Report:
     return Report("\n".join(lines), place)
 
 
+def _modality(contract: InputContract, samples: int) -> list[str]:
+    """A modality's head line and its table of bands."""
+    size = f"{contract.height}×{contract.width}" if contract.height else "of several sizes"
+    dates = f", {contract.dates} dates" if contract.dates > 1 else ""
+    lines = [
+        f"{contract.modality}: in {samples} samples {size}{dates}, {contract.sensor} {contract.level}, {contract.unit}, "
+        f"stored as {contract.dtype}, nodata {contract.nodata}",
+        f"{'band':<12}{'nm':>9}{'gsd m':>9}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
+    ]
+    norm = contract.normalisation
+    for row, band in enumerate(contract.bands):
+        known = "".join("        –" if v is None else f"{v:9g}" for v in (band.wavelength_nm, band.gsd_m))
+        values = (norm.mean, norm.std, norm.minimum, norm.maximum)
+        lines.append(f"{band.name:<12}{known}" + "".join(f"{v[row]:12.5g}" if v else f"{'–':>12}" for v in values))
+    return lines
+
+
 def _sheet(reader: ShardReader) -> Image.Image:
     """Samples spread evenly over the folder, stretched together between the 2nd and 98th percentile of their clear pixels.
 
     Pixels that are not clear (nodata, clouds, shadows) are dimmed.
     """
-    numbers = np.unique(np.linspace(0, len(reader) - 1, SIDE * SIDE).round().astype(int))
-    bands = _picture_bands(reader.contract)
-    chips = [_chip(reader, int(number), bands) for number in numbers]
+    contract = next(iter(reader.contracts.values()))
+    having = np.flatnonzero([reader.has(number, contract.modality) for number in range(len(reader))])
+    numbers = having[np.unique(np.linspace(0, len(having) - 1, SIDE * SIDE).round().astype(int))]
+    chips = [_chip(reader, int(number), contract) for number in numbers]
     flat = np.concatenate([values[:, clear] for values, clear in chips], axis=1)
     if not flat.shape[1]:
         flat = np.array([[0.0, 1.0]] * 3)
@@ -76,14 +86,14 @@ def _sheet(reader: ShardReader) -> Image.Image:
     return sheet
 
 
-def _chip(reader: ShardReader, number: int, bands: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(3, H, W) physical values, and (H, W) where they are clear."""
-    row = reader.index.members[number, reader.index.columns.index(reader.contract.modality)]
-    values = reader.pixels(number)[bands].astype(np.float64) * float(row["scale"]) + float(row["add"])
+def _chip(reader: ShardReader, number: int, contract: InputContract) -> tuple[np.ndarray, np.ndarray]:
+    """(3, H, W) physical values of the first date, and (H, W) where they are clear."""
+    row = reader.index.members[number, reader.index.columns.index(contract.modality)]
+    values = reader.pixels(number, contract.modality)[_picture_bands(contract)].astype(np.float64) * float(row["scale"]) + float(row["add"])
     clear = np.ones(values.shape[1:], bool)
     clear &= np.isfinite(values).all(axis=0)
-    if (codes := reader.valid(number)) is not None:
-        clear &= codes == VALID_CLEAR
+    if (codes := reader.valid(number, contract.modality)) is not None:
+        clear &= codes[0] == VALID_CLEAR
     return values, clear
 
 

@@ -23,48 +23,48 @@ FOLDER = "journal"  # inside the partial folder; gone when that becomes the resu
 
 
 @dataclass
-class Part:
+class Stretch:
     """One stretch of jobs, up to position `end`, and the shard that it filled; none where no sample of it was left."""
 
     shard: Shard | None
     rows: Rows
     end: int
-    statistics: Statistics
+    statistics: dict[str, Statistics]
     skipped: list[tuple[str, str]]
     left_out: int
-    sizes: list[tuple[int, int]]
+    sizes: dict[str, list[tuple[int, int]]]
 
 
 class Journal:
-    """The finished parts of one split: `folder` holds the records, `shards` the tars."""
+    """The finished stretches of one split: `folder` holds the records, `shards` the tars."""
 
     def __init__(self, folder: Path, shards: Path, columns: int) -> None:
         self.folder, self.shards, self.columns = folder, shards, columns
         for place in (folder, shards):
             place.mkdir(parents=True, exist_ok=True)
 
-    def record(self, number: int, part: Part) -> None:
+    def record(self, number: int, stretch: Stretch) -> None:
         """Rows first, the record last: a shard without its record is written again."""
-        assert part.shard is not None
-        rows = part.rows
+        assert stretch.shard is not None
+        rows = stretch.rows
         write_bytes(self.folder / f"{number:06d}.rows", rows.samples.tobytes() + rows.members.tobytes() + rows.keys)
-        rest = {"end": part.end, "skipped": part.skipped, "left_out": part.left_out, "sizes": part.sizes}
+        rest = {"end": stretch.end, "skipped": stretch.skipped, "left_out": stretch.left_out, "sizes": stretch.sizes}
         write_json(
             self.folder / f"{number:06d}.json",
-            {"shard": part.shard.model_dump(), "statistics": part.statistics.state(), **rest},
+            {"shard": stretch.shard.model_dump(), "statistics": {name: s.state() for name, s in stretch.statistics.items()}, **rest},
         )
 
-    def parts(self) -> list[Part]:
-        """The finished parts, in order, up to the first that is missing or not whole."""
-        parts: list[Part] = []
-        while (path := self.folder / f"{len(parts):06d}.json").exists():
+    def stretches(self) -> list[Stretch]:
+        """The finished ones, in order, up to the first that is missing or not whole."""
+        done: list[Stretch] = []
+        while (path := self.folder / f"{len(done):06d}.json").exists():
             try:
-                parts.append(self._read(path))
+                done.append(self._read(path))
             except (OSError, ValueError, KeyError, TypeError):
                 break  # torn by whatever ended the run: written again
-        return parts
+        return done
 
-    def _read(self, path: Path) -> Part:
+    def _read(self, path: Path) -> Stretch:
         record: dict[str, Any] = json.loads(path.read_text())
         made = Shard.model_validate(record["shard"])
         if (self.shards / made.name).stat().st_size != made.bytes:
@@ -73,14 +73,14 @@ class Journal:
         middle = made.samples * SAMPLE.itemsize
         end = middle + made.samples * self.columns * MEMBER.itemsize
         members = np.frombuffer(raw[middle:end], MEMBER).reshape(made.samples, -1)
-        return Part(
+        return Stretch(
             shard=made,
             rows=Rows(np.frombuffer(raw[:middle], SAMPLE), members, raw[end:]),
             end=int(record["end"]),
-            statistics=Statistics.from_state(record["statistics"]),
+            statistics={name: Statistics.from_state(state) for name, state in record["statistics"].items()},
             skipped=[(key, reason) for key, reason in record["skipped"]],
             left_out=int(record["left_out"]),
-            sizes=[(height, width) for height, width in record["sizes"]],
+            sizes={name: [(height, width) for height, width in found] for name, found in record["sizes"].items()},
         )
 
 

@@ -11,7 +11,7 @@ from swath.shards.errors import InputError
 from swath.shards.files import write_json
 
 NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class ManifestDamaged(InputError):
@@ -30,7 +30,7 @@ class Shard(Strict):
 class Manifest(Strict):
     """`skipped` lists what could not be decoded; `plan` is the fingerprint of the command that made the shards."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     dataset: str
     samples: int = Field(ge=1)
     contracts: dict[str, InputContract]

@@ -4,7 +4,8 @@ Resizing is two matrix products with weights made per sample, so crops of differ
 are anti-aliased when shrinking. Letters: b sample, c band, h w in, y x out.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
-from swath.shards.reader import VALID_CLEAR, Chips
+from swath.shards.reader import VALID_CLEAR, Chips, Stored
 
 
 @dataclass
 class Batch:
-    """images {modality: (B, C, H, W)} normalised, 0 where invalid; valid {modality: (B, 1, H, W)} bool, without an entry
-    where every pixel is; id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count."""
+    """images {modality: (B, C, H, W)} normalised, 0 where invalid, of a series (B, dates · C, H, W) date after date;
+    valid {modality: (B, 1, H, W)}, of a series (B, dates, H, W), bool, without an entry where every pixel is;
+    id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count. meta {gsd_m, lat, lon, time} float64, NaN where
+    unknown: metres per pixel after cropping and resizing, degrees of the crop's centre, UTC seconds since 1970 (B,) or (B, dates)."""
 
     images: dict[str, Tensor]
     valid: dict[str, Tensor]
@@ -30,8 +33,8 @@ class Batch:
 
 @dataclass
 class View:
-    """What to take of each chip: the `box` (B, 4) float64 top, left, height, width in pixels, resized to the result, then
-    transposed, then flipped where `transpose`, `flip_rows`, `flip_columns` (B,) bool say so. None: the whole, no sample."""
+    """What to take of each chip: the `box` (B, 4) float64 top, left, height, width in pixels of the first modality, resized to
+    the result, then transposed, then flipped where `transpose`, `flip_rows`, `flip_columns` (B,) bool say so. None: the whole."""
 
     box: Tensor | None = None
     transpose: Tensor | None = None
@@ -39,55 +42,100 @@ class View:
     flip_columns: Tensor | None = None
 
 
-def prepare(chips: Chips, contract: InputContract, size: tuple[int, int], view: View | None = None) -> Batch:
-    """A batch of `size` (height, width) from `chips`, normalised by `contract`.
+def prepare(
+    chips: Chips,
+    contracts: Mapping[str, InputContract],
+    size: tuple[int, int],
+    view: View | None = None,
+    clear: Collection[int] = (VALID_CLEAR,),
+) -> Batch:
+    """A batch of `size` (height, width) from `chips`: the modalities of `contracts`, each normalised by its own.
 
-    Values are physical (DN · scale + add) before (x - mean) / std. Pixels that are not clear, are nodata, or are not finite
-    become 0 and are marked invalid. Raises InputError when the chips have another number of bands.
+    Values are physical (DN · scale + add) before (x - mean) / std. Pixels whose code is not among `clear`, that are nodata, or are
+    not finite become 0 and are marked invalid; a sample without a valid pixel has weight 0. Raises InputError when the chips have
+    another number of bands.
     """
-    if chips.pixels.shape[1] != len(contract.bands):
-        raise InputError(f"chips have {chips.pixels.shape[1]} bands, the contract {len(contract.bands)}")
-    device = chips.pixels.device
-    stored_bchw = chips.pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    valid_b1hw = _valid(chips, stored_bchw, contract)
-    mean, std = (torch.tensor(v, device=device) for v in (contract.normalisation.mean, contract.normalisation.std))
+    view = view or View()
+    first = next(iter(chips.stored.values()))
+    images, valid = {}, {}
+    seen_b = torch.zeros(len(chips.id), dtype=torch.bool, device=chips.id.device)
+    for name, contract in contracts.items():
+        stored = chips.stored[name]
+        own = view
+        if view.box is not None and stored is not first:  # the same ground in this modality's pixels
+            own = replace(view, box=view.box * (stored.size / first.size).repeat(1, 2))
+        images[name], valid_bthw = _one(stored, contract, size, own, clear)
+        if valid_bthw is None:
+            seen_b |= True
+        else:
+            valid[name] = valid_bthw
+            seen_b |= valid_bthw.flatten(1).any(dim=1)
+    return Batch(images, valid, chips.id, chips.visit, seen_b.float(), _meta(chips.meta, first.size, view.box, size))
+
+
+def _one(
+    stored: Stored, contract: InputContract, size: tuple[int, int], view: View, clear: Collection[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Pixels (B, C, H, W) and validity (B, dates, H, W) or None."""
+    if stored.pixels.shape[1] != contract.channels:
+        dates = f" of {contract.dates} dates" if contract.dates > 1 else ""
+        raise InputError(f"chips have {stored.pixels.shape[1]} bands, the contract {contract.channels}{dates}")
+    device = stored.pixels.device
+    stored_bchw = stored.pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    valid_bthw = _valid(stored, stored_bchw, contract, clear)
+    mean, std = (
+        torch.tensor(v * contract.dates, device=device) for v in (contract.normalisation.mean, contract.normalisation.std)
+    )
     std = torch.where(std > 0, std, torch.ones_like(std))  # a constant band becomes 0, not infinity
     # one multiplication and one addition per pixel: (dn·scale + add - mean) / std
-    factor_bc = (chips.scale.float()[:, None] / std)[..., None, None]
-    shift_bc = ((chips.add.float()[:, None] - mean) / std)[..., None, None]
+    factor_bc = (stored.scale.float()[:, None] / std)[..., None, None]
+    shift_bc = ((stored.add.float()[:, None] - mean) / std)[..., None, None]
     x_bchw = stored_bchw * factor_bc + shift_bc
-    if valid_b1hw is not None:
-        x_bchw = torch.where(valid_b1hw, x_bchw, 0.0)
-    view = view or View()
-    if view.box is not None or tuple(x_bchw.shape[2:]) != size or chips.valid is not None:
-        whole = torch.cat([torch.zeros_like(chips.size), chips.size], dim=1).double()
-        x_bchw, valid_b1hw = _resample(x_bchw, valid_b1hw, chips.size, whole if view.box is None else view.box, size)
+    if valid_bthw is not None:
+        x_bchw = torch.where(_of_bands(valid_bthw, contract), x_bchw, 0.0)
+    if view.box is not None or tuple(x_bchw.shape[2:]) != size or stored.valid is not None:
+        whole = torch.cat([torch.zeros_like(stored.size), stored.size], dim=1).double()
+        x_bchw, valid_bthw = _resample(x_bchw, valid_bthw, stored.size, whole if view.box is None else view.box, size)
     x_bchw = _turn(x_bchw, view)
-    if valid_b1hw is not None:
-        valid_b1hw = _turn(valid_b1hw, view)
-    return Batch(
-        images={contract.modality: x_bchw},
-        valid={} if valid_b1hw is None else {contract.modality: valid_b1hw},
-        id=chips.id,
-        visit=chips.visit,
-        weight=torch.ones(len(chips.id), device=device),
-    )
+    return x_bchw, None if valid_bthw is None else _turn(valid_bthw, view)
 
 
-def _valid(chips: Chips, stored_bchw: Tensor, contract: InputContract) -> Tensor | None:
-    """(B, 1, H, W) bool, or None where nothing can be invalid."""
+def _of_bands(valid_bthw: Tensor, contract: InputContract) -> Tensor:
+    """One mask for all bands where there is one date, else that of its date for each band."""
+    return valid_bthw if contract.dates == 1 else valid_bthw.repeat_interleave(len(contract.bands), dim=1)
+
+
+def _valid(stored: Stored, stored_bchw: Tensor, contract: InputContract, clear: Collection[int]) -> Tensor | None:
+    """(B, dates, H, W) bool, or None where nothing can be invalid."""
     masks = []
-    if chips.valid is not None:
-        masks.append(chips.valid == VALID_CLEAR)
+    dates_btchw = stored_bchw.unflatten(1, (contract.dates, len(contract.bands)))
+    if stored.valid is not None:
+        masks.append(torch.isin(stored.valid, torch.tensor(list(clear), dtype=torch.uint8, device=stored.valid.device)))
     if contract.nodata is not None:
-        masks.append((stored_bchw != contract.nodata).all(dim=1, keepdim=True))
-    if chips.pixels.is_floating_point():
-        masks.append(torch.isfinite(stored_bchw).all(dim=1, keepdim=True))
+        masks.append((dates_btchw != contract.nodata).all(dim=2))
+    if stored.pixels.is_floating_point():
+        masks.append(torch.isfinite(dates_btchw).all(dim=2))
     return torch.stack(masks).all(dim=0) if masks else None
 
 
+def _meta(meta: dict[str, Tensor], size_b2: Tensor, box_b4: Tensor | None, out: tuple[int, int]) -> dict[str, Tensor]:
+    """`meta` of whole chips as it is of the crops, taking rows to run south and columns east."""
+    if not meta:
+        return {}
+    size_b2 = size_b2.double()
+    box_b4 = torch.cat([torch.zeros_like(size_b2), size_b2], dim=1) if box_b4 is None else box_b4
+    south_b, east_b = ((box_b4[:, :2] + box_b4[:, 2:] / 2 - size_b2 / 2) * meta["gsd_m"][:, None]).unbind(1)
+    per_degree = 111_320.0  # metres
+    lat = meta["lat"] - torch.where(south_b == 0, 0.0, south_b) / per_degree
+    lon = meta["lon"] + torch.where(east_b == 0, 0.0, east_b) / (
+        per_degree * torch.cos(torch.deg2rad(meta["lat"])).clamp_min(1e-3)
+    )
+    zoom_b = (box_b4[:, 2] / out[0] * box_b4[:, 3] / out[1]).sqrt()
+    return {**meta, "lat": lat, "lon": lon, "gsd_m": meta["gsd_m"] * zoom_b}
+
+
 def _resample(
-    x_bchw: Tensor, valid_b1hw: Tensor | None, size_b2: Tensor, box_b4: Tensor, out: tuple[int, int]
+    x_bchw: Tensor, valid_bthw: Tensor | None, size_b2: Tensor, box_b4: Tensor, out: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
     """Bilinear with anti-aliasing on valid pixels only; validity by nearest neighbour."""
     top, left, height, width = box_b4.unbind(1)
@@ -98,13 +146,15 @@ def _resample(
         return rows[:, None] @ values @ columns[:, None].transpose(2, 3)
 
     made_bcyx = apply(x_bchw, rows_byh, columns_bxw)
-    if valid_b1hw is None:
+    if valid_bthw is None:
         return made_bcyx, None
     near_rows = F.one_hot(rows_byh.argmax(2), rows_byh.shape[2]).float()
     near_columns = F.one_hot(columns_bxw.argmax(2), columns_bxw.shape[2]).float()
-    share = apply(valid_b1hw.float(), rows_byh, columns_bxw)
-    made_valid = (apply(valid_b1hw.float(), near_rows, near_columns) > 0.5) & (share > 0)
-    return torch.where(made_valid, made_bcyx / share.clamp_min(1e-6), 0.0), made_valid
+    share = apply(valid_bthw.float(), rows_byh, columns_bxw)
+    made_valid = (apply(valid_bthw.float(), near_rows, near_columns) > 0.5) & (share > 0)
+    bands = x_bchw.shape[1] // share.shape[1]
+    wide_share, wide_valid = (m if m.shape[1] == 1 else m.repeat_interleave(bands, dim=1) for m in (share, made_valid))
+    return torch.where(wide_valid, made_bcyx / wide_share.clamp_min(1e-6), 0.0), made_valid
 
 
 def _turn(x_bchw: Tensor, view: View) -> Tensor:

@@ -4,10 +4,10 @@ import json
 import mmap
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import simplejpeg
@@ -17,18 +17,20 @@ from torch import Tensor
 from swath.shards.bands import InputContract
 from swath.shards.codec import DecodeError, decode
 from swath.shards.errors import InputError
-from swath.shards.index import FORMATS, columns_of, open_index
+from swath.shards.index import FORMATS, NO_TIME, VALID, columns_of, open_index
 from swath.shards.manifest import Manifest, read_manifest
+from swath.shards.writer import seconds
 
 VALID_NODATA, VALID_CLEAR, VALID_CLOUD, VALID_SHADOW = 0, 1, 2, 3
 
 
 @dataclass
-class Chips:
-    """A batch as it is stored: DN, not yet scaled. Smaller samples are padded at the right and the bottom.
+class Stored:
+    """One modality of a batch as it is stored: DN, not yet scaled. Smaller samples are padded at the right and the bottom.
 
-    `pixels` (B, C, H, W) in the stored dtype; `valid` (B, 1, H, W) uint8 codes or None where every pixel is clear;
-    `size` (B, 2) rows and columns; `scale`, `add` (B,) float64; `id`, `visit`, `label` (B,) int64.
+    `pixels` (B, C, H, W) in the stored dtype, of a series (B, dates · C, H, W); `valid` (B, 1, H, W), of a series (B, dates, H,
+    W), uint8 codes or None where every pixel is clear: a sample without this modality is nodata everywhere. `size` (B, 2) rows
+    and columns; `scale`, `add` (B,) float64.
     """
 
     pixels: Tensor
@@ -36,39 +38,67 @@ class Chips:
     size: Tensor
     scale: Tensor
     add: Tensor
+
+    def each(self, change: Any) -> Self:
+        """A copy with `change` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: None if v is None else change(v) for name, v in values.items()})
+
+
+@dataclass
+class Chips:
+    """A batch as it is stored: its modalities, and `id`, `visit`, `label` (B,) int64.
+
+    `meta` holds float64: `lat`, `lon` in degrees of the centre, `gsd_m`, and `time` in UTC seconds since 1970, all (B,) and NaN
+    where unknown; of a series `time` is (B, dates).
+    """
+
+    stored: dict[str, Stored]
     id: Tensor
     visit: Tensor
     label: Tensor
+    meta: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Chips":
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Chips(**moved)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def part(self, rows: slice) -> "Chips":
         """Some of the samples."""
-        return Chips(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        return self.each(lambda tensor: tensor[rows])
+
+    def each(self, change: Any) -> "Chips":
+        """A copy with `change` applied to every tensor."""
+        return Chips(
+            {name: stored.each(change) for name, stored in self.stored.items()},
+            change(self.id), change(self.visit), change(self.label),
+            {name: change(tensor) for name, tensor in self.meta.items()},
+        )  # fmt: skip
 
 
 class ShardReader:
     """A folder of shards. Opening reads the manifest and maps the index; tars are mapped when first needed."""
 
-    def __init__(self, folder: Path | str, modality: str | None = None) -> None:
+    def __init__(self, folder: Path | str, modalities: Sequence[str] | None = None) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        self.contract: InputContract = self.manifest.contract(modality)
+        self.contracts = {name: self.manifest.contract(name) for name in modalities or self.manifest.contracts}
         self.index = open_index(self.folder, columns_of(list(self.manifest.contracts)))
         if len(self.index) != self.manifest.samples:
             raise InputError(
                 f"{self.folder}: the index has {len(self.index)} samples, the manifest {self.manifest.samples}; "
                 f"`swath index {self.folder}` rebuilds it"
             )
-        self._pixels = self.index.columns.index(self.contract.modality)
-        self._valid = self.index.columns.index("valid")
-        self._json = self.index.columns.index("json")
         self._shard = lru_cache(maxsize=512)(self._open_shard)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def contract(self) -> InputContract:
+        """Of the only modality; InputError where there are several."""
+        if len(self.contracts) > 1:
+            raise InputError(f"data set {self.manifest.dataset} has modalities {', '.join(self.contracts)}; name one of them")
+        return next(iter(self.contracts.values()))
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -79,86 +109,122 @@ class ShardReader:
         """(N,) int32 class numbers into `manifest.classes`; -1 where a sample has none."""
         return self.index.samples["label"]
 
-    def pixels(self, number: int) -> np.ndarray:
-        """(C, H, W) of one sample as stored."""
-        return self._decode(number, self._pixels)
+    def has(self, number: int, column: str) -> bool:
+        """Whether a sample has the modality or other member `column`."""
+        return self.index.members[number, self._column(column)]["format"] != FORMATS.index("absent")
 
-    def valid(self, number: int) -> np.ndarray | None:
-        """(H, W) uint8 validity codes, or None where every pixel is clear."""
-        if FORMATS[self.index.members[number, self._valid]["format"]] == "absent":
-            return None
-        return self._decode(number, self._valid)[0]
+    def pixels(self, number: int, modality: str | None = None) -> np.ndarray:
+        """(C, H, W) of one sample as stored, of a series (dates · C, H, W); the sample must have the modality."""
+        return self._decode(number, modality or self.contract.modality)
+
+    def valid(self, number: int, modality: str | None = None) -> np.ndarray | None:
+        """(1 or dates, H, W) uint8 validity codes, or None where every pixel is clear."""
+        column = (modality or self.contract.modality) + VALID
+        return self._decode(number, column) if self.has(number, column) else None
 
     def meta(self, number: int) -> dict[str, Any]:
         """The sample's JSON."""
-        return json.loads(bytes(self._bytes(number, self._json)))
+        return json.loads(bytes(self._bytes(number, "json")))
 
     def chips(self, numbers: Sequence[int] | np.ndarray, visits: np.ndarray | None = None) -> Chips:
         """The samples `numbers`, decoded into one batch."""
-        count = len(numbers)
-        samples, members = self.index.samples[numbers], self.index.members[numbers, self._pixels]
-        pixels, size = self._batch(numbers)
-        valid = None
-        if (self.index.members[numbers, self._valid]["format"] != 0).any() or (size != size[0]).any():
-            valid = np.zeros((count, 1, *pixels.shape[2:]), dtype=np.uint8)
-            for row, number in enumerate(numbers):
-                height, width = size[row]
-                codes = self.valid(int(number))
-                valid[row, 0, :height, :width] = VALID_CLEAR if codes is None else codes
+        numbers = np.asarray(numbers)
+        samples = self.index.samples[numbers]
+        stored = {name: self._stored(numbers, contract) for name, contract in self.contracts.items()}
+        meta = {name: torch.from_numpy(samples[name].astype(np.float64)) for name in ("lat", "lon", "gsd_m")}
+        meta["time"] = torch.from_numpy(self._times(numbers, samples["time"]))
         return Chips(
+            stored,
+            id=torch.from_numpy(samples["id"].astype(np.int64)),
+            visit=torch.from_numpy(np.zeros(len(numbers), np.int64) if visits is None else visits),
+            label=torch.from_numpy(samples["label"].astype(np.int64)),
+            meta=meta,
+        )
+
+    def _times(self, numbers: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """(B,) of the index; of a series (B, dates) of the samples' JSON."""
+        series = next((c for c in self.contracts.values() if c.dates > 1), None)
+        if series is None:
+            return _unknown_as_nan(time)
+        made = np.full((len(numbers), series.dates), NO_TIME)
+        for row, number in enumerate(numbers):
+            told = self.meta(int(number)).get("times")
+            dates = told.get(series.modality) if isinstance(told, dict) else None
+            if isinstance(dates, list) and len(dates) == series.dates:
+                made[row] = [seconds(date) for date in dates]
+        return _unknown_as_nan(made)
+
+    def _stored(self, numbers: np.ndarray, contract: InputContract) -> Stored:
+        members = self.index.members[numbers, self._column(contract.modality)]
+        present = members["format"] != FORMATS.index("absent")
+        pixels, size = self._batch(numbers, contract, present)
+        masked = self.index.members[numbers, self._column(contract.modality + VALID)]["format"] != FORMATS.index("absent")
+        valid = None
+        if masked.any() or not present.all() or (size != size[0]).any():
+            valid = np.zeros((len(numbers), contract.dates, *pixels.shape[2:]), dtype=np.uint8)
+            for row in np.flatnonzero(present):
+                height, width = size[row]
+                codes = self._decode(int(numbers[row]), contract.modality + VALID) if masked[row] else VALID_CLEAR
+                valid[row, :, :height, :width] = codes
+        return Stored(
             pixels=torch.from_numpy(pixels),
             valid=None if valid is None else torch.from_numpy(valid),
             size=torch.from_numpy(size),
-            scale=torch.from_numpy(members["scale"].astype(np.float64)),
+            scale=torch.from_numpy(np.where(present, members["scale"], 1.0)),
             add=torch.from_numpy(members["add"].astype(np.float64)),
-            id=torch.from_numpy(samples["id"].astype(np.int64)),
-            visit=torch.from_numpy(np.zeros(count, np.int64) if visits is None else visits),
-            label=torch.from_numpy(samples["label"].astype(np.int64)),
         )
 
-    def _batch(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _batch(self, numbers: np.ndarray, contract: InputContract, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, C, H, W) and sizes (B, 2). Chips of one known size are decoded straight into their place."""
-        bands = len(self.contract.bands)
-        height, width = self.contract.height, self.contract.width
+        name, height, width = contract.modality, contract.height, contract.width
+        rows = np.flatnonzero(present)
         if height is None or width is None:
-            arrays = [self.pixels(int(number)) for number in numbers]
-            size = np.array([a.shape[1:] for a in arrays], dtype=np.int64)
-            out = np.zeros((len(arrays), bands, *size.max(axis=0)), dtype=self.contract.dtype)
-            for row, array in enumerate(arrays):
+            arrays = {row: self._decode(int(numbers[row]), name) for row in rows}
+            size = np.ones((len(numbers), 2), dtype=np.int64)
+            for row, array in arrays.items():
+                size[row] = array.shape[1:]
+            out = np.zeros((len(numbers), contract.channels, *size.max(axis=0)), dtype=contract.dtype)
+            for row, array in arrays.items():
+                self._check(int(numbers[row]), name, array.shape, (contract.channels, *array.shape[1:]))
                 out[row, :, : array.shape[1], : array.shape[2]] = array
             return out, size
         size = np.tile(np.array([[height, width]], dtype=np.int64), (len(numbers), 1))
-        is_jpeg = self.index.members[numbers, self._pixels]["format"] == FORMATS.index("jpg")
-        if bands == 3 and is_jpeg.all():
+        is_jpeg = self.index.members[numbers, self._column(name)]["format"] == FORMATS.index("jpg")
+        if contract.channels == 3 and is_jpeg.all():
             out_bhwc = np.empty((len(numbers), height, width, 3), dtype=np.uint8)
             for row, number in enumerate(numbers):
-                self._jpeg_into(int(number), out_bhwc[row])
+                self._jpeg_into(int(number), name, out_bhwc[row])
             return np.moveaxis(out_bhwc, 3, 1), size
-        out = np.empty((len(numbers), bands, height, width), dtype=self.contract.dtype)
-        for row, number in enumerate(numbers):
-            array = self.pixels(int(number))
-            if array.shape != out.shape[1:]:
-                raise self._damaged(int(number), f"shape {array.shape} instead of {out.shape[1:]}")
+        out = (np.empty if present.all() else np.zeros)((len(numbers), contract.channels, height, width), dtype=contract.dtype)
+        for row in rows:
+            array = self._decode(int(numbers[row]), name)
+            self._check(int(numbers[row]), name, array.shape, out.shape[1:])
             out[row] = array
         return out, size
 
-    def _jpeg_into(self, number: int, place_hwc: np.ndarray) -> None:
-        try:
-            made = simplejpeg.decode_jpeg(self._bytes(number, self._pixels), buffer=place_hwc)
-        except ValueError as error:
-            raise self._damaged(number, str(error)) from None
-        if made.shape != place_hwc.shape:
-            raise self._damaged(number, f"shape {made.shape} instead of {place_hwc.shape}")
+    def _check(self, number: int, column: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            raise self._damaged(number, column, f"shape {shape} instead of {expected}")
 
-    def _decode(self, number: int, column: int) -> np.ndarray:
-        kind = FORMATS[self.index.members[number, column]["format"]]
+    def _jpeg_into(self, number: int, column: str, place_hwc: np.ndarray) -> None:
+        try:
+            made = simplejpeg.decode_jpeg(self._bytes(number, column), buffer=place_hwc)
+        except ValueError as error:
+            raise self._damaged(number, column, str(error)) from None
+        self._check(number, column, made.shape, place_hwc.shape)
+
+    def _decode(self, number: int, column: str) -> np.ndarray:
+        kind = FORMATS[self.index.members[number, self._column(column)]["format"]]
         try:
             return decode(self._bytes(number, column), kind)
         except DecodeError as error:
-            raise self._damaged(number, str(error)) from None
+            raise self._damaged(number, column, str(error)) from None
 
-    def _bytes(self, number: int, column: int) -> memoryview:
-        member = self.index.members[number, column]
+    def _column(self, name: str) -> int:
+        return self.index.columns.index(name)
+
+    def _bytes(self, number: int, column: str) -> memoryview:
+        member = self.index.members[number, self._column(column)]
         start, length = int(member["offset"]), int(member["length"])
         shard = int(member["shard"])
         if shard >= len(self.manifest.shards):
@@ -168,7 +234,7 @@ class ShardReader:
             )
         data = self._shard(shard)[start : start + length]
         if len(data) != length or zlib.crc32(data) != int(member["crc32"]):
-            raise self._damaged(number, "its bytes do not match the checksum in the index")
+            raise self._damaged(number, column, "its bytes do not match the checksum in the index")
         return data
 
     def _open_shard(self, number: int) -> memoryview:
@@ -183,9 +249,13 @@ class ShardReader:
             raise InputError(f"shard {path} has {len(data)} bytes instead of {shard.bytes}; copy it again")
         return memoryview(data)
 
-    def _damaged(self, number: int, what: str) -> InputError:
-        shard = self.manifest.shards[int(self.index.members[number, self._pixels]["shard"])].name
+    def _damaged(self, number: int, column: str, what: str) -> InputError:
+        shard = self.manifest.shards[int(self.index.members[number, self._column(column)]["shard"])].name
         return InputError(
             f"sample {self.index.key(number)} in shard {self.folder / shard} is damaged: {what}; "
             "copy the shard again or make it again"
         )
+
+
+def _unknown_as_nan(time: np.ndarray) -> np.ndarray:
+    return np.where(time == NO_TIME, np.nan, time.astype(np.float64))

@@ -7,6 +7,7 @@ import math
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +17,11 @@ from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import DecodeError, decode, describe
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors
-from swath.shards.index import MEMBER, Index, columns_of
+from swath.shards.index import MEMBER, VALID, Index, columns_of
 from swath.shards.ingest import contract_with
 from swath.shards.manifest import NAME, Manifest, ManifestDamaged, Shard, read_manifest
 from swath.shards.statistics import Statistics
-from swath.shards.writer import Rows, member_row, rows_of
+from swath.shards.writer import Place, Row, Rows, member_row, rows_of
 
 MAX_BYTES = 1 << 30  # of one member
 _ASIDE = "manifest.damaged.json"
@@ -49,7 +50,7 @@ def reindex(folder: Path) -> Manifest:
     classes = known.classes if known else _classes(scan.labels)
     tables = []
     for path, samples in zip(tars, parts, strict=True):
-        rows = [(key, _number(path, key, label, classes), block, members) for key, label, block, members in samples]
+        rows = [replace(row, label=_number(path, row.key, label, classes)) for row, label in samples]
         tables.append(rows_of(dataset, rows, len(scan.columns)))
     table = Rows.join(tables)
     changed: dict[str, Any] = {"samples": len(table.samples), "shards": tuple(shards)}
@@ -57,10 +58,7 @@ def reindex(folder: Path) -> Manifest:
         _tell_changes(known, shards)
         manifest = known.model_copy(update=changed)
     else:
-        contract = scan.contract()
-        manifest = Manifest(
-            dataset=dataset, contracts={contract.modality: contract}, classes=classes, made_by="swath index", **changed
-        )
+        manifest = Manifest(dataset=dataset, contracts=scan.contracts(), classes=classes, made_by="swath index", **changed)
     with disk_errors("writing the index", folder):
         if damage is not None:
             (folder / NAME).replace(folder / _ASIDE)
@@ -92,68 +90,75 @@ def _tell_changes(known: Manifest, shards: list[Shard]) -> None:
 
 
 class _Scan:
-    """Turns members into index rows; without a manifest, gathers what its contract needs on the way."""
+    """Turns members into index rows; without a manifest, finds modalities in the first sample and gathers what contracts need."""
 
     def __init__(self, known: Manifest | None) -> None:
-        self.modality = known.contract().modality if known else ""
         self.known = known
-        self.columns = columns_of([self.modality])
+        self.modalities = list(known.contracts) if known else []
+        self._bare = self.modalities[0] if len(self.modalities) == 1 else ""  # what an image without a name is called
         self.labels: set[str] = set()
         self.dataset: str | None = None
-        self.statistics: Statistics | None = None
-        self.sizes: set[tuple[int, int]] = set()
-        self._first = ("", "", "")
+        self.seen: dict[str, _Seen] = {}
 
-    def sample(
-        self, path: Path, number: int, key: str, members: dict[str, tuple[int, bytes]]
-    ) -> tuple[str, str | None, int, np.ndarray]:
-        """(key, label, block, member rows) of one sample."""
-        meta: dict[str, Any] = {}
-        row = np.zeros(len(self.columns), MEMBER)
-        pixels: tuple[int, bytes, str] | None = None
-        for suffix, (offset, data) in members.items():
-            extension = suffix.rsplit(".", 1)[-1].lower()
-            if suffix == "json":
-                meta = _json(path, key, data)
-                row[2] = member_row(number, offset, data, "json")
-            elif suffix == "valid.npy":
-                row[1] = member_row(number, offset, data, "npy")
-            elif extension in _EXTENSIONS and (not self.known or suffix.rsplit(".", 1)[0] == self.modality):
-                if pixels is not None:
-                    raise InputError(f"{path}: sample {key} has more than one image; one modality is indexed at a time")
-                pixels = (offset, data, suffix)
-        if pixels is None:
-            raise InputError(f"{path}: sample {key} has no image (jpg, png or npy)")
-        offset, data, suffix = pixels
-        kind = _EXTENSIONS[suffix.rsplit(".", 1)[-1].lower()]
+    def sample(self, path: Path, number: int, key: str, members: dict[str, tuple[int, bytes]]) -> tuple[Row, str | None]:
+        """The index row of one sample, its label still to be numbered, and that label."""
         where = f"{path}: sample {key}"
-        scale, add = _radiometry(where, meta)
-        row[0] = member_row(number, offset, data, kind, scale, add)
+        meta = _json(path, key, members["json"][1]) if "json" in members else {}
+        found = self._images(where, members)
+        row = np.zeros(len(self.columns), MEMBER)
+        if "json" in members:
+            row[-1] = member_row(number, *members["json"], "json")
+        if not found.keys() & set(self.modalities):
+            raise InputError(f"{where} has no image (jpg, png or npy)")
+        if self.known is None and found.keys() - set(self.modalities):
+            raise InputError(f"{where} has {', '.join(sorted(found))}, the first sample {', '.join(self.modalities)}")
+        for column, name in enumerate(self.modalities):
+            if name not in found:
+                continue
+            kind, (offset, data) = found[name]
+            scale, add = _radiometry(where, meta, name)
+            row[column] = member_row(number, offset, data, kind, scale, add)
+            mask = members.get(f"{name}{VALID}.npy")
+            if mask is not None:
+                row[len(self.modalities) + column] = member_row(number, *mask, "npy")
+            if self.known is None:
+                self._look(where, name, _decoded(where, data, kind), scale, add, mask[1] if mask else None)
         label = meta.get("label")
         if label is None and "cls" in members:
             label = members["cls"][1].decode(errors="replace").strip()
-        if isinstance(label, int | str) and not isinstance(label, bool):
-            label = str(label)
+        label = str(label) if isinstance(label, int | str) and not isinstance(label, bool) else None
+        if label is not None:
             self.labels.add(label)
-        else:
-            label = None
-        if self.known is None:
-            self._look(where, suffix, data, kind, scale, add, members.get("valid.npy", (0, None))[1])
-            if isinstance(meta.get("dataset"), str):
-                self.dataset = self.dataset or meta["dataset"]
+        if isinstance(meta.get("dataset"), str):
+            self.dataset = self.dataset or meta["dataset"]
         block = meta.get("block", -1)
-        return key, label, block if type(block) is int else -1, row
+        return Row(key, -1, block if type(block) is int else -1, Place.of(meta), row), label
 
-    def _look(self, where: str, suffix: str, data: bytes, kind: str, scale: float, add: float, mask: bytes | None) -> None:
-        array = _decoded(where, data, kind)
-        modality = suffix.rsplit(".", 1)[0] if "." in suffix else "rgb" if len(array) == 3 else "image"
-        seen = (modality, describe(array))
-        if self.statistics is None:
-            self.statistics, self.modality = Statistics(len(array)), modality
-            self._first, self._dtype = (where, *seen), str(array.dtype)
-        if self._first[1:] != seen:
-            first, *was = self._first
-            raise InputError(f"samples differ: {first} is {' '.join(was)}, {where} is {' '.join(seen)}")
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return columns_of(self.modalities)
+
+    def _images(self, where: str, members: dict[str, tuple[int, bytes]]) -> dict[str, tuple[str, tuple[int, bytes]]]:
+        """{modality: (format, member)} of the members that are images; those of the first sample say which there are."""
+        found: dict[str, tuple[str, tuple[int, bytes]]] = {}
+        for suffix, member in members.items():
+            stem, _, extension = suffix.rpartition(".")
+            kind = _EXTENSIONS.get(extension.lower())
+            if kind is None or stem.endswith(VALID):
+                continue
+            if not stem and not self._bare:
+                self._bare = "rgb" if len(_decoded(where, member[1], kind)) == 3 else "image"
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:18] or self._bare
+            if name in found:
+                raise InputError(f"{where} has two images that would be called {name}; rename one")
+            found[name] = (kind, member)
+        self.modalities = self.modalities or sorted(found)
+        return found
+
+    def _look(self, where: str, name: str, array: np.ndarray, scale: float, add: float, mask: bytes | None) -> None:
+        seen = self.seen.setdefault(name, _Seen(where, describe(array), str(array.dtype), Statistics(len(array))))
+        if seen.shape != describe(array):
+            raise InputError(f"samples differ: {seen.where} is {name} {seen.shape}, {where} is {name} {describe(array)}")
         clear = np.ones(array.shape[1:], bool)
         if mask is not None:
             codes = _decoded(where, mask, "npy")[0]
@@ -162,16 +167,29 @@ class _Scan:
             clear &= codes == 1
         if array.dtype.kind == "f":
             clear &= np.isfinite(array).all(axis=0)
-        self.statistics.add(array.astype(np.float64) * scale + add, clear)
-        self.sizes.add((array.shape[1], array.shape[2]))
+        seen.statistics.add(array.astype(np.float64) * scale + add, clear)
+        seen.sizes.add((array.shape[1], array.shape[2]))
 
-    def contract(self) -> InputContract:
-        assert self.statistics is not None  # there is at least one sample
+    def contracts(self) -> dict[str, InputContract]:
+        return {name: seen.contract(name) for name, seen in self.seen.items()}
+
+
+@dataclass
+class _Seen:
+    """One modality of a foreign data set: the first sample and its `shape` in words, and what all samples had."""
+
+    where: str
+    shape: str
+    dtype: str
+    statistics: Statistics
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+
+    def contract(self, modality: str) -> InputContract:
         count = self.statistics.bands
         names = ("red", "green", "blue") if count == 3 else tuple(f"band_{n}" for n in range(1, count + 1))
         none = tuple(0.0 for _ in names)
         made = InputContract(
-            modality=self.modality, sensor="unknown", level="unknown", unit="digital number", dtype=self._dtype,
+            modality=modality, sensor="unknown", level="unknown", unit="digital number", dtype=self.dtype,
             bands=tuple(Band(name=n, common_name=n if count == 3 else None) for n in names),
             normalisation=Normalisation(mean=none, std=none, pixels=tuple(0 for _ in names)),
         )  # fmt: skip
@@ -224,9 +242,12 @@ def _decoded(where: str, data: bytes, kind: str) -> np.ndarray:
         raise InputError(f"{where} cannot be decoded ({error}); repair or remove the sample") from None
 
 
-def _radiometry(where: str, meta: dict[str, Any]) -> tuple[float, float]:
-    """Scale and offset of a sample's JSON; 1 and 0 where it has none."""
-    values = meta.get("scale", 1.0), meta.get("add", 0.0)
+def _radiometry(where: str, meta: dict[str, Any], modality: str) -> tuple[float, float]:
+    """Scale and offset of a modality in a sample's JSON; 1 and 0 where it has none."""
+    told = meta.get("radiometry")
+    told = told.get(modality) if isinstance(told, dict) else None
+    told = told if isinstance(told, dict) else {}
+    values = told.get("scale", 1.0), told.get("add", 0.0)
     if not all(type(v) in (int, float) and math.isfinite(v) for v in values) or not values[0]:
         raise InputError(f"{where}: scale {values[0]!r} and add {values[1]!r} in its JSON are no numbers to decode with")
     return float(values[0]), float(values[1])

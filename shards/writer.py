@@ -1,17 +1,20 @@
 """One tar of samples, deterministic to the byte, and the index rows of what lies in it."""
 
 import hashlib
+import math
 import os
 import re
 import tarfile
 import zlib
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
 from swath.shards.draw import hash_text
-from swath.shards.index import FORMATS, MEMBER, SAMPLE
+from swath.shards.index import FORMATS, MEMBER, NO_TIME, SAMPLE
 from swath.shards.manifest import Shard
 
 _LONGEST = 70  # key; with modality and extension a USTAR name has at most 100 characters
@@ -42,7 +45,7 @@ class Member:
     """One file of a sample: its name after the key and the dot, its column in the index, and its bytes."""
 
     suffix: str
-    column: int
+    column: str
     data: bytes
     scale: float = 1.0
     add: float = 0.0
@@ -53,42 +56,90 @@ def member_row(number: int, offset: int, data: bytes | memoryview, kind: str, sc
     return np.array((offset, len(data), number, zlib.crc32(data), FORMATS.index(kind), scale, add), dtype=MEMBER)
 
 
-def rows_of(dataset: str, samples: list[tuple[str, int, int, np.ndarray]], columns: int) -> Rows:
-    """Rows of (key, label, block, member rows (M,)); the sample id is the hash of (data set, key)."""
+@dataclass(frozen=True)
+class Place:
+    """Where and when, for the index: degrees, metres per pixel, UTC seconds since 1970."""
+
+    lat: float = math.nan
+    lon: float = math.nan
+    gsd_m: float = math.nan
+    time: int = NO_TIME
+
+    @classmethod
+    def of(cls, meta: dict[str, Any]) -> Self:
+        """From a sample's JSON; what it lacks, or holds in another form, is unknown."""
+        lat, lon, gsd_m = (_number(meta.get(name)) for name in ("lat", "lon", "gsd_m"))
+        return cls(lat, lon, gsd_m, seconds(meta.get("time")))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def seconds(time: Any) -> int:
+    """UTC seconds since 1970 of an ISO 8601 text, NO_TIME where it is none; a time without a zone is UTC."""
+    if not isinstance(time, str):
+        return NO_TIME
+    try:
+        read = datetime.fromisoformat(time)
+    except ValueError:
+        return NO_TIME
+    return round((read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample for the index; `members` (M,) of MEMBER. -1 stands for no label and no block."""
+
+    key: str
+    label: int
+    block: int
+    place: Place
+    members: np.ndarray
+
+
+def rows_of(dataset: str, samples: list[Row], columns: int) -> Rows:
+    """The table of `samples`; the sample id is the hash of (data set, key)."""
     table, start = np.zeros(len(samples), SAMPLE), 0
-    keys = [key.encode() for key, *_ in samples]
-    for row, (key, label, block, _) in enumerate(samples):
-        table[row] = (hash_text(dataset, key), start, len(keys[row]), label, block)
-        start += len(keys[row])
-    members = np.stack([m for *_, m in samples]) if samples else np.zeros((0, columns), MEMBER)
+    keys = [sample.key.encode() for sample in samples]
+    for number, (sample, key) in enumerate(zip(samples, keys, strict=True)):
+        row = table[number]
+        row["id"], row["key_start"], row["key_length"] = hash_text(dataset, sample.key), start, len(key)
+        row["label"], row["block"] = sample.label, sample.block
+        for name in ("lat", "lon", "gsd_m", "time"):
+            row[name] = getattr(sample.place, name)
+        start += len(key)
+    members = np.stack([sample.members for sample in samples]) if samples else np.zeros((0, columns), MEMBER)
     return Rows(table, members, b"".join(keys))
 
 
 class ShardWriter:
     """Writes `folder/shard-<number>.tar`. It counts only once `close` has returned: until then it is a partial file."""
 
-    def __init__(self, folder: Path, number: int, dataset: str, columns: int) -> None:
+    def __init__(self, folder: Path, number: int, dataset: str, columns: tuple[str, ...]) -> None:
         self.name, self.number, self.dataset, self.columns = f"shard-{number:06d}.tar", number, dataset, columns
         self.bytes = 0
         self._path = folder / self.name
         self._file = self._path.open("wb")
         self._digest = hashlib.sha256()
-        self._samples: list[tuple[str, int, int, np.ndarray]] = []
+        self._samples: list[Row] = []
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def add(self, key: str, members: list[Member], label: int, block: int) -> None:
+    def add(self, key: str, members: list[Member], label: int, block: int, place: Place) -> None:
         """Append one sample."""
-        row = np.zeros(self.columns, MEMBER)
+        row = np.zeros(len(self.columns), MEMBER)
         for member in members:
             head = tarfile.TarInfo(f"{key}.{member.suffix}")
             head.size, head.mode = len(member.data), 0o644  # owner, group and time stay 0
             self._write(head.tobuf(tarfile.USTAR_FORMAT))
             kind = member.suffix.rsplit(".", 1)[-1]
-            row[member.column] = member_row(self.number, self.bytes, member.data, kind, member.scale, member.add)
+            row[self.columns.index(member.column)] = member_row(
+                self.number, self.bytes, member.data, kind, member.scale, member.add
+            )
             self._write(member.data + bytes(-len(member.data) % 512))
-        self._samples.append((key, label, block, row))
+        self._samples.append(Row(key, label, block, place, row))
 
     def close(self) -> tuple[Shard, Rows]:
         """Finish the tar and make it durable."""
@@ -97,7 +148,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         made = Shard(name=self.name, samples=len(self), bytes=self.bytes, sha256=self._digest.hexdigest())
-        return made, rows_of(self.dataset, self._samples, self.columns)
+        return made, rows_of(self.dataset, self._samples, len(self.columns))
 
     def abandon(self) -> None:
         """Let go of an unfinished tar."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.draw import hash_text
-from swath.shards.index import MEMBER, SAMPLE, Index, columns_of
+from swath.shards.index import MEMBER, NO_TIME, SAMPLE, Index, columns_of
 from swath.shards.manifest import Manifest, Shard
 
 RGB = tuple(Band(name=c, common_name=c) for c in ("red", "green", "blue"))
@@ -52,7 +52,7 @@ def make_shards(
                 info.size = len(data)
                 start = tar.offset + 512
                 tar.addfile(info, io.BytesIO(data))
-                rows[number] = (hash_text("made", key), len(keys), len(key), label, -1)
+                rows[number] = (hash_text("made", key), len(keys), len(key), label, -1, NO_TIME, np.nan, np.nan, np.nan, 0)
                 members[number, 0] = (start, len(data), first // per_shard, zlib.crc32(data), 3, 1.0, 0.0)
                 keys += key.encode()
         raw = (folder / name).read_bytes()

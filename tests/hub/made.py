@@ -18,7 +18,7 @@ from swath.pretrain.checkpoint import save
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import encode_npy
 from swath.shards.draw import hash_text
-from swath.shards.index import FORMATS, MEMBER, SAMPLE, Index, columns_of
+from swath.shards.index import FORMATS, MEMBER, NO_TIME, SAMPLE, Index, columns_of
 from swath.shards.manifest import Manifest, Shard
 
 WAVELENGTHS = {"B02": 490.0, "B03": 560.0, "B04": 665.0, "B08": 842.0}
@@ -93,7 +93,8 @@ def write_shards(
     with tarfile.open(path, "w") as tar:
         for row, (chip, label) in enumerate(zip(pixels_nchw, labels, strict=True)):
             key = f"{row:06d}"
-            samples[row] = (hash_text(folder.name, key), row * 6, 6, label, -1 if blocks is None else blocks[row])
+            block = -1 if blocks is None else blocks[row]
+            samples[row] = (hash_text(folder.name, key), row * 6, 6, label, block, NO_TIME, np.nan, np.nan, np.nan, 0)
             for column, kind, data in ((bands.modality, "npy", encode_npy(chip)), ("json", "json", json.dumps({}).encode())):
                 info = tarfile.TarInfo(f"{key}.{column}.{kind}" if kind != "json" else f"{key}.json")
                 info.size = len(data)

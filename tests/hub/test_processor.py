@@ -10,7 +10,7 @@ from PIL import Image
 
 from swath.shards.bands import Band, InputContract
 from swath.shards.prepare import View, prepare
-from swath.shards.reader import Chips
+from swath.shards.reader import Chips, Stored
 from tests.hub.made import contract
 
 pytest.importorskip("transformers")
@@ -26,7 +26,8 @@ def chips(pixels: np.ndarray, scale: float, add: float) -> Chips:
     count = torch.zeros(len(pixels), dtype=torch.int64)
     size = torch.tensor([pixels.shape[2:]] * len(pixels))
     each = torch.ones(len(pixels), dtype=torch.float64)
-    return Chips(torch.from_numpy(pixels), None, size, scale * each, add * each, count, count, count)
+    stored = Stored(torch.from_numpy(pixels), None, size, scale * each, add * each)
+    return Chips({"optical": stored}, count, count, count)
 
 
 def random(side: int = 16) -> np.ndarray:
@@ -36,7 +37,7 @@ def random(side: int = 16) -> np.ndarray:
 def test_equals_prepare_bit_for_bit() -> None:
     pixels, bands = random(), contract()
     pixels[0, :, 2:5, 3:9] = 0  # nodata
-    expected = prepare(chips(pixels, 1e-4, -0.1), bands, (16, 16)).images["optical"]
+    expected = prepare(chips(pixels, 1e-4, -0.1), {"optical": bands}, (16, 16)).images["optical"]
     made = processor(bands)(pixels, scale=1e-4, add=-0.1)["pixel_values"]
     assert torch.equal(made, expected) and made.dtype == torch.float32
     assert (made[0, :, 3, 4] == 0).all()
@@ -46,7 +47,7 @@ def test_equals_prepare_bit_for_bit() -> None:
 def test_resizing_agrees_with_prepare(side: int) -> None:
     pixels, bands = random(side), contract(nodata=None)
     source = chips(pixels, 1e-4, 0)
-    expected = prepare(source, bands, (16, 16), View()).images["optical"]
+    expected = prepare(source, {"optical": bands}, (16, 16), View()).images["optical"]
     torch.testing.assert_close(processor(bands)(list(pixels), scale=1e-4)["pixel_values"], expected, rtol=0, atol=2e-5)
 
 

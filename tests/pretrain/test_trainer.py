@@ -150,9 +150,10 @@ def test_the_gradient_is_of_the_loss_over_the_whole_batch(shards: Path, tmp_path
     recipe.run.dir.mkdir()
     trainer = _Trainer(recipe)
     order = SampleOrder(trainer.reader.shard_sizes, seed=0)
-    chips = next(iter(Loader(trainer.reader, order, global_batch=8, micro_batch=8, workers=0)))
+    chips = next(iter(Loader(trainer.reader, order, global_batch=8, micro_batch=8, workers=0))).chips
     draw = Draw(0, chips.id, chips.visit)
-    batch = prepare(chips, trainer.contract, trainer.size, augment.view(recipe.data.augment, draw, chips.size))
+    view = augment.view(recipe.data.augment, draw, chips.stored["image"].size)
+    batch = prepare(chips, trainer.reader.contracts, trainer.size, view)
     outcome = trainer.model(batch, draw)
     (outcome.numerator / outcome.weight).backward()
     for name, parameter in trainer.model.named_parameters():

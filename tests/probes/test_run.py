@@ -43,7 +43,7 @@ def test_features_are_those_of_a_plain_loop(make: Make) -> None:
     assert made.unlabelled == 20 and made.classes == ("field", "water") and made.x.dtype == np.float32
     assert (made.block == np.flatnonzero(reader.labels >= 0)).all()
     for row, number in enumerate(made.block[:5]):
-        images = prepare(reader.chips([number]), source.contract, (16, 16)).images["optical"]
+        images = prepare(reader.chips([number]), {"optical": source.contract}, (16, 16)).images["optical"]
         with torch.inference_mode():
             expected = source.backbone(images).pooled[0].numpy()
         assert made.x[row] == pytest.approx(expected, abs=1e-5)

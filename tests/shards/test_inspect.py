@@ -19,7 +19,7 @@ def test_text_and_sheet(tmp_path: Path):
     folder = make_shards(tmp_path / "shards", samples=20, per_shard=8, classes=3)
     report = inspect(folder)
     for line in (
-        "made: 20 samples 32×32",
+        "image: in 20 samples 32×32",
         "class class0: 7",
         "class class2: 6",
         "shard-000002.tar: 4 samples",
@@ -41,7 +41,7 @@ def test_sheet_of_few_samples_with_pixels_that_are_not_clear(tmp_path: Path):
     codes = np.ones((16, 16), np.uint8)
     codes[4:8] = 2
     with getattr(webdataset, "TarWriter")(str(folder / "a.tar")) as tar:  # noqa: B009 - untyped
-        tar.write({"__key__": "one", "npy": pixels, "valid.npy": codes})
+        tar.write({"__key__": "one", "npy": pixels, "rgb.valid.npy": codes})
         tar.write({"__key__": "two", "npy": pixels * np.nan})
     reindex(folder)
     shown = np.asarray(Image.open(inspect(folder).sheet))

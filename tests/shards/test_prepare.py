@@ -13,29 +13,30 @@ from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 from swath.shards.prepare import Batch, View, prepare
-from swath.shards.reader import Chips
+from swath.shards.reader import Chips, Stored
 
 BANDS, SIDE = 2, 24
 MEAN, STD = (0.7, -0.3), (2.0, 0.5)
 
 
-def contract(dtype: str = "float32", nodata: float | None = None) -> InputContract:
-    return InputContract(
-        modality="made", sensor="none", level="none", unit="reflectance", dtype=dtype, nodata=nodata,
+def contract(dtype: str = "float32", nodata: float | None = None, dates: int = 1) -> dict[str, InputContract]:
+    made = InputContract(
+        modality="made", sensor="none", level="none", unit="reflectance", dtype=dtype, nodata=nodata, dates=dates,
         bands=tuple(Band(name=f"b{n}") for n in range(BANDS)),
         normalisation=Normalisation(mean=MEAN, std=STD, pixels=(1, 1)),
     )  # fmt: skip
+    return {"made": made}
 
 
 def chips(pixels: Tensor, valid: Tensor | None = None, size: Tensor | None = None, scale: float = 1.0, add: float = 0.0) -> Chips:
     count = len(pixels)
     whole = torch.tensor(pixels.shape[2:]).expand(count, 2)
     numbers = torch.arange(count)
-    return Chips(
-        pixels=pixels, valid=valid, size=whole if size is None else size,
+    stored = Stored(
+        pixels, valid, whole if size is None else size,
         scale=torch.full((count,), scale, dtype=torch.float64), add=torch.full((count,), add, dtype=torch.float64),
-        id=numbers, visit=numbers * 0, label=numbers,
     )  # fmt: skip
+    return Chips({"made": stored}, id=numbers, visit=numbers * 0, label=numbers)
 
 
 def noise(count: int = 4, height: int = SIDE, width: int = SIDE, seed: int = 0) -> Tensor:
@@ -79,8 +80,9 @@ def test_identity_box_is_bit_for_bit():
 
 def test_scale_and_offset_are_each_samples_own():
     source = chips(noise())
-    source.scale, source.add = torch.tensor([1.0, 0.5, 1e-4, 2.0]).double(), torch.tensor([0.0, -1.0, 0.3, 7.0]).double()
-    physical = source.pixels * source.scale[:, None, None, None] + source.add[:, None, None, None]
+    made = source.stored["made"]
+    made.scale, made.add = torch.tensor([1.0, 0.5, 1e-4, 2.0]).double(), torch.tensor([0.0, -1.0, 0.3, 7.0]).double()
+    physical = made.pixels * made.scale[:, None, None, None] + made.add[:, None, None, None]
     made = image(prepare(source, contract(), (SIDE, SIDE)))
     torch.testing.assert_close(made, normalised(physical).float(), rtol=1e-5, atol=1e-5)
 

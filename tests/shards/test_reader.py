@@ -32,11 +32,11 @@ def test_batches_are_the_samples(folder: Path):
     numbers = [19, 0, 8, 7, 0]
     chips = reader.chips(numbers, np.arange(5))
     for row, number in enumerate(numbers):
-        assert np.array_equal(chips.pixels[row].numpy(), reader.pixels(number))
+        assert np.array_equal(chips.stored["image"].pixels[row].numpy(), reader.pixels(number))
     assert chips.id.tolist() == [int(reader.index.samples["id"][n]) for n in numbers]
     assert chips.label.tolist() == [n % 2 for n in numbers]
     assert chips.visit.tolist() == list(range(5))
-    assert chips.valid is None
+    assert chips.stored["image"].valid is None
     assert reader.index.key(19) == "chip19"
 
 

@@ -51,7 +51,7 @@ def test_bigearthnet_sentinel2(tmp_path: Path):
         meta, pixels = reader.meta(number), reader.pixels(number)
         patch = Path(meta["key"]).name
         assert meta["labels"] == json.loads((source / patch / f"{patch}_labels_metadata.json").read_text())["labels"]
-        assert meta["scale"] == 1e-4
+        assert meta["radiometry"]["sentinel2"]["scale"] == 1e-4
         assert meta["scale_source"].startswith("sensor default")
         assert -32 < meta["lon"] < 35 < meta["lat"] < 71
         for band, name in zip(pixels, contract.names, strict=True):
@@ -61,7 +61,7 @@ def test_bigearthnet_sentinel2(tmp_path: Path):
             assert np.array_equal(band, stored.repeat(times, 0).repeat(times, 1))
     mean = dict(zip(contract.names, contract.normalisation.mean, strict=True))
     assert 0.005 < mean["B02"] < mean["B08"] < 0.6  # land: near infrared is bright
-    batch = prepare(reader.chips(range(len(reader))), contract, (56, 56))
+    batch = prepare(reader.chips(range(len(reader))), reader.contracts, (56, 56))
     pixels = batch.images["sentinel2"]
     assert pixels.shape == (len(reader), 12, 56, 56)
     assert torch.isfinite(pixels).all()
@@ -76,20 +76,20 @@ def test_bigearthnet_sentinel1(tmp_path: Path):
     vv, vh = contract.normalisation.mean
     assert -35 < vh < vv < 0
     meta = ShardReader(tmp_path / "out").meta(0)
-    assert (meta["scale"], meta["add"], meta["scale_source"]) == (1, 0, "none: values as stored")
+    assert meta["radiometry"] == {"sentinel1": {"scale": 1, "add": 0, "scale_source": "none: values as stored"}}
     assert meta["labels"]
 
 
 def test_raw_sentinel2_scene(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     source = need("scenes/s2_scene_aquileia")
     with caplog.at_level("INFO"):
-        manifest = shard(source, tmp_path / "out", chip=128, progress=False)[""]
+        manifest = shard(source, tmp_path / "out", options=Options(chip=128), progress=False)[""]
     contract, reader = manifest.contract(), ShardReader(tmp_path / "out")
     assert (contract.sensor, contract.level, len(contract.bands)) == ("sentinel2", "L2A", 12)
     assert "guessed from the file name: (Raw) means reflectance · 65535" in caplog.text
     assert manifest.samples + manifest.source["left_out_nodata"] == (689 // 128) * (1200 // 128)
     meta = reader.meta(0)
-    assert meta["scale"] == pytest.approx(1 / 65535)
+    assert meta["radiometry"]["sentinel2"]["scale"] == pytest.approx(1 / 65535)
     assert (meta["time"], meta["lat"]) == ("2019-04-16", pytest.approx(45.75, abs=0.3))
     assert 10 <= (contract.gsd_m or 0) <= 20
     mean = dict(zip(contract.names, contract.normalisation.mean, strict=True))
@@ -97,7 +97,7 @@ def test_raw_sentinel2_scene(tmp_path: Path, caplog: pytest.LogCaptureFixture):
 
 
 def test_landsat8_scene(tmp_path: Path):
-    manifest = shard(need("scenes/landsat8_LC81210442015044LGN00"), tmp_path / "out", chip=96, progress=False)[""]
+    manifest = shard(need("scenes/landsat8_LC81210442015044LGN00"), tmp_path / "out", options=Options(chip=96), progress=False)[""]
     contract, reader = manifest.contract(), ShardReader(tmp_path / "out")
     assert [b.common_name for b in contract.bands] == ["blue", "green", "red"]
     assert [b.wavelength_nm for b in contract.bands] == [480, 560, 655]
@@ -144,4 +144,4 @@ def test_eurosat_by_its_split(tmp_path: Path):
     reader = ShardReader(tmp_path / "out" / "train")
     loader = Loader(reader, SampleOrder(reader.shard_sizes, seed=0), global_batch=16, micro_batch=8, workers=2)
     for batch in islice(loader, 6):
-        assert prepare(batch, reader.contract, (64, 64)).images["rgb"].shape == (8, 3, 64, 64)
+        assert prepare(batch, reader.contracts, (64, 64)).images["rgb"].shape == (8, 3, 64, 64)

@@ -70,7 +70,7 @@ def test_foreign_jpegs_with_class_numbers(tmp_path: Path):
         assert np.abs(pixels.astype(int) - expected).max() <= 3  # two JPEG libraries
     values = np.stack(list(decoded.values())).astype(np.float64)
     np.testing.assert_allclose(manifest.contract().normalisation.mean, values.mean((0, 2, 3)))
-    batch = next(iter(Loader(reader, SampleOrder(reader.shard_sizes, seed=0), global_batch=10, micro_batch=10)))
+    batch = next(iter(Loader(reader, SampleOrder(reader.shard_sizes, seed=0), global_batch=10, micro_batch=10))).chips
     assert sorted(batch.id.tolist()) == sorted(reader.index.samples["id"].tolist())
 
 
@@ -79,7 +79,7 @@ def test_foreign_npy_with_names_and_scale(tmp_path: Path):
     folder.mkdir()
     with TarWriter(str(folder / "a.tar")) as tar:
         for n in range(6):
-            meta = {"label": "forest" if n % 2 else "sea", "scale": 0.5, "add": -1, "block": n}
+            meta = {"label": "forest" if n % 2 else "sea", "radiometry": {"hyper": {"scale": 0.5, "add": -1}}, "block": n}
             tar.write({"__key__": f"deep/er/{n}", "hyper.npy": chip(n, 5, np.int16), "json": meta})
     manifest = reindex(folder)
     reader = ShardReader(folder)
@@ -91,7 +91,7 @@ def test_foreign_npy_with_names_and_scale(tmp_path: Path):
     assert reader.index.samples["block"].tolist() == list(range(6))
     values = np.stack([chip(n, 5) for n in range(6)]) * 0.5 - 1
     np.testing.assert_allclose(manifest.contract().normalisation.mean, values.mean((0, 2, 3)))
-    assert (reader.chips([0, 1]).scale == 0.5).all()
+    assert (reader.chips([0, 1]).stored["hyper"].scale == 0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_foreign_npy_with_names_and_scale(tmp_path: Path):
     [
         ({"jpg": jpeg(0)[:300]}, "part-0.tar: sample im000 cannot be decoded"),
         ({"jpg": b""}, "part-0.tar: sample im000 cannot be decoded"),
-        ({"png": jpeg(0)}, "part-0.tar: sample im000 has more than one image"),
+        ({"png": jpeg(0)}, "part-0.tar: sample im000 has two images that would be called rgb"),
         ({"json": b"{"}, "part-0.tar: the JSON of sample im000 is damaged"),
-        ({"json": {"scale": "big"}}, "part-0.tar: sample im000: scale 'big'"),
-        ({"json": {"scale": None}}, "part-0.tar: sample im000: scale None"),
-        ({"valid.npy": encode_npy(np.ones((2, 2), np.uint8))}, "part-0.tar: sample im000 .* validity mask"),
+        ({"json": {"radiometry": {"rgb": {"scale": "big"}}}}, "part-0.tar: sample im000: scale 'big'"),
+        ({"json": {"radiometry": {"rgb": {"scale": None}}}}, "part-0.tar: sample im000: scale None"),
+        ({"rgb.valid.npy": encode_npy(np.ones((2, 2), np.uint8))}, "part-0.tar: sample im000 .* validity mask"),
     ],
 )
 def test_bad_foreign_samples_are_named(tmp_path: Path, extra: dict[str, Any], match: str):
@@ -147,7 +147,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"schema_version": 1, "dataset": 3}', b"[" * 100_000])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"schema_version": 2, "dataset": 3}', b"[" * 100_000])
 def test_damaged_manifest_is_set_aside_and_made_from_the_tars(shards: Path, damage: bytes, caplog: pytest.LogCaptureFixture):
     before, index = read_manifest(shards), (shards / "index.bin").read_bytes()
     (shards / "manifest.json").write_bytes(damage)
@@ -166,7 +166,7 @@ def test_damaged_manifest_is_set_aside_and_made_from_the_tars(shards: Path, dama
 def test_manifest_of_a_newer_version_is_not_touched(shards: Path):
     value = json.loads((shards / "manifest.json").read_text())
     (shards / "manifest.json").write_text(json.dumps(value | {"schema_version": 9, "new": 1}))
-    refused(shards, "schema version 9, this swath reads 1")
+    refused(shards, "schema version 9, this swath reads 2")
 
 
 def test_masks_count_when_the_manifest_is_lost(tmp_path: Path):
@@ -175,7 +175,7 @@ def test_masks_count_when_the_manifest_is_lost(tmp_path: Path):
     pixels, codes = chip(0, 2, np.uint16), np.ones((16, 16), np.uint8)
     codes[:4], pixels[:, :4] = 0, 9999
     with TarWriter(str(folder / "a.tar")) as tar:
-        tar.write({"__key__": "one", "s2.npy": pixels, "valid.npy": codes})
+        tar.write({"__key__": "one", "s2.npy": pixels, "s2.valid.npy": codes})
     norm = reindex(folder).contract().normalisation
     np.testing.assert_allclose(norm.mean, pixels[:, 4:].mean((1, 2)))
     assert norm.pixels == (192, 192)
