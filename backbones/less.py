@@ -23,10 +23,12 @@ from swath.backbones.base import (
     Recomputed,
     Tokens,
     gather,
+    mean_of,
     places,
     register,
     sincos,
 )
+from swath.backbones.context import ContextEncoding
 from swath.backbones.grid import boxes, check_image_size, check_images, patch_grid
 from swath.backbones.vit import Mlp
 from swath.kernels.embed import visible_patch_embedding
@@ -34,10 +36,11 @@ from swath.kernels.kronecker import kronecker_attention
 from swath.kernels.linear import Linear
 
 EPS = 1e-6
+Axes = tuple[Tensor, Tensor]  # (B, I) and (B, J) bool, which rows and columns of the lattice are there
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention in which only the first of each sequence asks: (…, L, E) → (…, E)."""
+    """Multi-head attention in which only the first of each sequence asks: (…, L, E) → (…, E). seen: (B, L) bool, whom it asks."""
 
     def __init__(self, width: int, heads: int, eps: float, qk_norm: bool) -> None:
         super().__init__()
@@ -48,12 +51,13 @@ class AttentionPool(nn.Module):
         self.q_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else nn.Identity()
 
-    def forward(self, x_bile: Tensor) -> Tensor:
+    def forward(self, x_bile: Tensor, seen_bl: Tensor | None = None) -> Tensor:
         batch, rows, length, width = x_bile.shape
+        mask = None if seen_bl is None else seen_bl.repeat_interleave(rows, 0)[:, None, None]
         q_shqe = self.q(x_bile[:, :, 0]).reshape(batch * rows, 1, self.heads, -1).transpose(1, 2)
         k_shle, v_shle = self.kv(x_bile).reshape(batch * rows, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         y_shqe = F.scaled_dot_product_attention(
-            self.q_norm(q_shqe).to(v_shle.dtype), self.k_norm(k_shle).to(v_shle.dtype), v_shle
+            self.q_norm(q_shqe).to(v_shle.dtype), self.k_norm(k_shle).to(v_shle.dtype), v_shle, attn_mask=mask
         )
         return self.proj(y_shqe.reshape(batch, rows, width))
 
@@ -70,11 +74,12 @@ class LowDimPool(nn.Module):
         self.channel_pool = AttentionPool(channel, heads, eps, qk_norm)
         self.spatial_pool = AttentionPool(spatial, heads, eps, qk_norm)
 
-    def forward(self, x_bijd: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_bijd: Tensor, there: Axes | None = None) -> tuple[Tensor, Tensor]:
         """(B, I, channel), (B, J, spatial)."""
+        rows_bi, columns_bj = there or (None, None)
         c_bije, s_bjie = self.channel_linear(x_bijd), self.spatial_linear(x_bijd).transpose(1, 2)
-        c_bie = c_bije[:, :, 0] + self.channel_pool(self.channel_norm(c_bije))
-        s_bje = s_bjie[:, :, 0] + self.spatial_pool(self.spatial_norm(s_bjie))
+        c_bie = c_bije[:, :, 0] + self.channel_pool(self.channel_norm(c_bije), columns_bj)
+        s_bje = s_bjie[:, :, 0] + self.spatial_pool(self.spatial_norm(s_bjie), rows_bi)
         return c_bie, s_bje
 
 
@@ -96,7 +101,7 @@ class Branch(nn.Module):
 
 
 class LowRankAttention(nn.Module):
-    """Both branches and the projection of their Kronecker product."""
+    """Both branches and the projection of their Kronecker product. rows: (B, I) bool, who is seen of the channels."""
 
     def __init__(self, width: int, channel: int, spatial: int, heads: int, rank: int, eps: float, qk_norm: bool) -> None:
         super().__init__()
@@ -104,9 +109,10 @@ class LowRankAttention(nn.Module):
         self.spatial_branch = Branch(spatial, heads, rank, eps, qk_norm)
         self.proj = Linear(width, width)
 
-    def forward(self, c_bie: Tensor, s_bje: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, c_bie: Tensor, s_bje: Tensor, mask: Tensor | None, rows_bi: Tensor | None = None) -> Tensor:
         (qc, kc, vc), (qs, ks, vs) = self.channel_branch(c_bie), self.spatial_branch(s_bje)
-        return kronecker_attention(qc, kc, vc, qs, ks, vs, self.proj.weight, self.proj.bias, mask=mask)
+        mask_c = None if rows_bi is None else rows_bi[:, None].expand(-1, rows_bi.shape[1], -1)
+        return kronecker_attention(qc, kc, vc, qs, ks, vs, self.proj.weight, self.proj.bias, mask=mask, mask_c=mask_c)
 
 
 class Scale(nn.Module):
@@ -121,7 +127,8 @@ class Scale(nn.Module):
 
 
 class Block(Recomputed):
-    """Low-rank attention over the lattice (B, I, J, D), then an MLP; pre-norm. mask: ([B,] J, J) bool, who sees whom."""
+    """Low-rank attention over the lattice (B, I, J, D), then an MLP; pre-norm. mask: ([B,] J, J) bool, who sees whom; of what is
+    not `there`, the mask lets nothing be seen either."""
 
     def __init__(self, width: int, channel: int, spatial: int, heads: int, rank: int, mlp_ratio: float = 4.0,
                  eps: float = EPS, qk_norm: bool = False, layer_scale: float = 0.0) -> None:  # fmt: skip
@@ -136,9 +143,10 @@ class Block(Recomputed):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = Scale(width, layer_scale) if layer_scale else nn.Identity()
 
-    def compute(self, x_bijd: Tensor, mask: Tensor | None = None) -> Tensor:
-        c_bie, s_bje = self.low_dim_pool(self.norm1(x_bijd))
-        x_bijd = x_bijd + self.ls1(self.attn(self.channel_norm(c_bie), self.spatial_norm(s_bje), mask))
+    def compute(self, x_bijd: Tensor, mask: Tensor | None = None, there: Axes | None = None) -> Tensor:
+        c_bie, s_bje = self.low_dim_pool(self.norm1(x_bijd), there)
+        rows_bi = None if there is None else there[0]
+        x_bijd = x_bijd + self.ls1(self.attn(self.channel_norm(c_bie), self.spatial_norm(s_bje), mask, rows_bi))
         return x_bijd + self.ls2(self.mlp(self.norm2(x_bijd)))
 
 
@@ -177,7 +185,8 @@ class LESSConfig:
     spread evenly over 400 … 2500 nm. A band whose wavelength is not a positive number (radar) has no encoding of it.
 
     Positions are metres, so that any `image_size` continues them. `compat`: as in the released code, encoded is the number
-    of the patch times metres per pixel, and micrometres.
+    of the patch times metres per pixel, and micrometres. `context` adds an encoding of place, date and ground sampling distance
+    to every token.
     """
 
     bands: int
@@ -197,6 +206,7 @@ class LESSConfig:
     layer_scale: float = 0.0
     pool: Literal["mean", "class"] = "mean"
     compat: bool = False
+    context: bool = False
 
 
 _SIZES = {
@@ -211,6 +221,7 @@ class LESS(Backbone):
     """One group per band. `Features.prefix` is the class token, the class row (n) and the class column (g); see `lattice`.
 
     Maps are the mean over bands. Of a product of bands and positions only what is kept is embedded; scattered tokens do not fit.
+    Nor do they as the ones that are present, which of each sample are some bands × some positions (a missing band, padding).
     """
 
     traits = frozenset({"sparse", "product"})
@@ -234,6 +245,7 @@ class LESS(Backbone):
         sizes = (config.width, channel, spatial, config.heads, config.rank, config.mlp_ratio, EPS, config.qk_norm)
         self.blocks = nn.ModuleList([Block(*sizes, config.layer_scale) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, eps=EPS)
+        self.context = ContextEncoding(config.width) if config.context else None
         for token in (self.cls_token, self.spatial_cls_token, self.channel_cls_token):
             nn.init.normal_(token, std=0.02)
         for part in self.modules():
@@ -245,7 +257,8 @@ class LESS(Backbone):
         return 1, self.config.bands, *patch_grid(height, width, self.config.patch)
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> SpacedTokens:
-        """`ctx.gsd_m` (B,) and `ctx.wavelength_nm` (C,) place the tokens; the configuration's stand in for them."""
+        """`ctx.gsd_m` (B,) and `ctx.wavelength_nm` (C,) place the tokens; the configuration's stand in for them, and for a NaN of
+        the former."""
         check_images(images_bchw, self.config.bands)
         grid, product, ctx = self.grid(*images_bchw.shape[2:]), _product(keep), ctx or Context()
         x_bgnd = self._embed(images_bchw, product)
@@ -256,6 +269,8 @@ class LESS(Backbone):
         if product is not None:
             position_bnd, band_bgd = _kept(position_bnd, product.positions), _kept(band_bgd, product.groups)
         x_bkd = (x_bgnd + position_bnd[:, None] + band_bgd[:, :, None]).flatten(1, 2)
+        if self.context is not None:
+            x_bkd = x_bkd + self.context(ctx, len(x_bkd))[:, None]
         return SpacedTokens(x_bkd, grid, boxes(grid, self.config.patch, device), keep, None, position_bnd, band_bgd, ctx.gsd_m)
 
     def _embed(self, images_bchw: Tensor, keep: ProductKeep | None) -> Tensor:
@@ -305,19 +320,23 @@ class LESS(Backbone):
     def _gsd(self, gsd_m: Tensor | None, device: torch.device) -> Tensor:
         if gsd_m is None:
             return torch.full((1,), self.config.gsd_m, dtype=torch.float64, device=device)
-        return gsd_m.to(device=device, dtype=torch.float64)
+        gsd_b = gsd_m.to(device=device, dtype=torch.float64)
+        return torch.where(gsd_b.isnan(), self.config.gsd_m, gsd_b)
 
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
-        if tokens.present is not None:
-            raise ValueError("LESS encodes whole bands × positions; leave out what is not there by a ProductKeep, not by present")
         if not isinstance(tokens, SpacedTokens):
             raise ValueError(f"tokens must be those of LESS.tokenize, which know where they are, not {type(tokens).__name__}")
         product = _product(keep) or _product(tokens.keep)
-        x_bkd, position_bnd, band_bgd = tokens.x, tokens.position, tokens.band
+        x_bkd, position_bnd, band_bgd, present_bk = tokens.x, tokens.position, tokens.band, tokens.present
         if keep is not None and product is not None:
-            x_bkd = gather(x_bkd, places(product, tokens.grid))
+            index_bk = places(product, tokens.grid)
+            x_bkd, present_bk = gather(x_bkd, index_bk), None if present_bk is None else present_bk.gather(1, index_bk)
             position_bnd, band_bgd = _kept(position_bnd, product.positions), _kept(band_bgd, product.groups)
         batch, per_group, groups = len(x_bkd), position_bnd.shape[1], band_bgd.shape[1]
+        there = None
+        if present_bk is not None:  # a NaN would pass through a share of 0
+            x_bkd = torch.where(present_bk[..., None], x_bkd, 0.0)
+            there = _axes(present_bk.unflatten(1, (groups, per_group)))
         row_bnd, column_bgd = self.channel_cls_token + position_bnd, self.spatial_cls_token + band_bgd
         corner_bijd = self.cls_token[None].expand(batch, -1, -1, -1)
         first_bijd = torch.cat([corner_bijd, row_bnd[:, None].expand(batch, -1, -1, -1)], dim=2).to(x_bkd.dtype)
@@ -330,17 +349,22 @@ class LESS(Backbone):
             place_bn = torch.arange(count, device=x_bkd.device)[None] if product is None else product.positions
             reach_b = self.config.perception_m / (self._gsd(tokens.gsd_m, x_bkd.device) * self.config.patch)
             mask = perception_field(place_bn, columns, reach_b)
+        if there is not None:
+            seen_b1j = there[1][:, None]
+            mask = seen_b1j.expand(-1, seen_b1j.shape[2], -1) if mask is None else mask & seen_b1j
         tapped = {-1: _flat(x_bijd)} if -1 in taps else {}
         for number, block in enumerate(self.blocks):
-            x_bijd = block(x_bijd, mask)
+            x_bijd = block(x_bijd, mask, there)
             if number in taps:
                 tapped[number] = _flat(x_bijd)
         x_btd = _flat(self.norm(x_bijd))
         prefix, x_bkd = x_btd[:, : 1 + per_group + groups], x_btd[:, 1 + per_group + groups :]
         maps: dict[int, Tensor] = {}
         if product is None:
-            maps[self.config.patch] = x_bkd.unflatten(1, (groups, *tokens.grid[2:])).mean(dim=1).permute(0, 3, 1, 2)
-        return Features(prefix[:, 0] if self.config.pool == "class" else x_bkd.mean(dim=1), x_bkd, prefix, maps, tapped)
+            map_bnd = _mean_of_bands(x_bkd.unflatten(1, (groups, per_group)), there)
+            maps[self.config.patch] = map_bnd.transpose(1, 2).unflatten(2, tokens.grid[2:])
+        pooled_bd = prefix[:, 0] if self.config.pool == "class" else mean_of(x_bkd, present_bk)
+        return Features(pooled_bd, x_bkd, prefix, maps, tapped)
 
 
 def perception_field(place_bn: Tensor, columns: int, reach_b: Tensor) -> Tensor:
@@ -351,6 +375,29 @@ def perception_field(place_bn: Tensor, columns: int, reach_b: Tensor) -> Tensor:
     square_bnn = (row_bn[:, :, None] - row_bn[:, None]).square() + (column_bn[:, :, None] - column_bn[:, None]).square()
     seen_bjj = F.pad(square_bnn <= (reach_b.square() * (1 + 1e-9))[:, None, None], (1, 0, 1, 0), value=True)
     return seen_bjj[0] if len(seen_bjj) == 1 else seen_bjj
+
+
+def _axes(present_bgn: Tensor) -> Axes:
+    """The class row with the bands that are there, the class column with the positions. Raises ValueError, outside compiled
+    code, for tokens that are not all of a product."""
+    group_bg, position_bn = present_bgn.any(dim=2), present_bgn.any(dim=1)
+    if not torch.compiler.is_compiling():  # a look at the contents: compiled code has no branch for it
+        product_b = (present_bgn == group_bg[:, :, None] & position_bn[:, None]).flatten(1).all(dim=1)
+        if not product_b.all():
+            raise ValueError(
+                f"the tokens present of sample {int(product_b.int().argmin())} are scattered; "
+                "LESS takes those of some bands × some positions, each with each"
+            )
+    return F.pad(group_bg, (1, 0), value=True), F.pad(position_bn, (1, 0), value=True)
+
+
+def _mean_of_bands(x_bgnd: Tensor, there: Axes | None) -> Tensor:
+    """(B, N, D), zero at a position that is not there."""
+    if there is None:
+        return x_bgnd.mean(dim=1)
+    group_bg, position_bn = there[0][:, 1:], there[1][:, 1:]
+    mean_bnd = mean_of(x_bgnd.flatten(2), group_bg).unflatten(1, x_bgnd.shape[2:])
+    return torch.where(position_bn[..., None], mean_bnd, 0.0)
 
 
 def lattice(features: Features, groups: int) -> Tensor:

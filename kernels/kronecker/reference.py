@@ -19,11 +19,12 @@ def kronecker_attention(
     bias: Tensor | None = None,
     *,
     mask: Tensor | None = None,
+    mask_c: Tensor | None = None,
     scale_c: float | None = None,
     scale_s: float | None = None,
 ) -> Tensor:
     """Y[i, j] = weight · concat over heads of (sum over ranks of Oc^r[i] ⊗ Os^r[j]) + bias, in fp32 (or float64) throughout."""
-    oc_brhic = _attend(qc, kc, vc, None, scale_c)
+    oc_brhic = _attend(qc, kc, vc, mask_c, scale_c)
     os_brhjs = _attend(qs, ks, vs, mask, scale_s)
     product_bijd = torch.einsum("brhic,brhjs->bijhcs", oc_brhic, os_brhjs).flatten(3)
     return F.linear(product_bijd, _wide(weight), None if bias is None else _wide(bias)).to(weight.dtype)

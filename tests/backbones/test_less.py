@@ -62,6 +62,102 @@ def test_features() -> None:
     assert torch.equal(small(pool="class")(images).pooled, features.prefix[:, 0])
 
 
+@pytest.mark.parametrize("perception_m", [0, 120])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_is_absent_is_as_if_it_did_not_exist(perception_m: int, qk_norm: bool) -> None:
+    """Bands and positions of each sample's own; whatever stands in the others, and no gradient comes of them."""
+    backbone, images = small(perception_m=perception_m, qk_norm=qk_norm), torch.randn(2, 4, 32, 40)
+    for name, weight in backbone.named_parameters():
+        if "_branch.q" in name or "_branch.k" in name:
+            weight.data *= 10  # scores that make a difference
+    keeps = [product([1, 3], [0, 1, 7, 19], 1), product([0], list(range(15)), 1)]
+    tokens, present = backbone.tokenize(images), torch.zeros(2, 4, 20, dtype=torch.bool)
+    for sample, keep in enumerate(keeps):
+        present[sample, keep.groups[0, :, None], keep.positions[0]] = True
+    tokens.present = present.flatten(1)
+    tokens.x = torch.where(tokens.present[..., None], tokens.x, float("nan")).detach().requires_grad_()
+    masked = backbone.encode(tokens, taps=[1])
+    map_bhw = masked.maps[8].flatten(2)
+    for sample, keep in enumerate(keeps):
+        groups, positions = keep.groups.shape[1], keep.positions[0]
+        kept = backbone.encode(backbone.tokenize(images[[sample]], keep=keep), taps=[1])
+        there = torch.cat([torch.tensor([0]), 1 + positions, 21 + keep.groups[0]])
+        assert torch.allclose(masked.prefix[sample, there], kept.prefix[0], atol=1e-5)
+        assert torch.allclose(masked.tokens[sample, tokens.present[sample]], kept.tokens[0], atol=1e-5)
+        assert torch.allclose(masked.pooled[sample], kept.pooled[0], atol=1e-5)
+        of_position = kept.tokens[0].unflatten(0, (groups, -1)).mean(dim=0).T
+        assert torch.allclose(map_bhw[sample][:, positions], of_position, atol=1e-5)
+        assert map_bhw[sample].ne(0).any(dim=0).nonzero()[:, 0].tolist() == positions.tolist()
+    (masked.pooled.sum() + masked.prefix.sum()).backward()
+    assert tokens.x.grad is not None and torch.equal(tokens.x.grad.ne(0).any(dim=2), tokens.present)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in backbone.parameters())
+
+
+def test_all_present_none_present_and_a_kept_product_of_what_is_present() -> None:
+    backbone, images = small(), torch.randn(2, 4, 32, 40)
+    tokens, whole = backbone.tokenize(images), backbone(images)
+    tokens.present = torch.ones(2, 80, dtype=torch.bool)
+    tokens.present[1] = False
+    features = backbone.encode(tokens)
+    assert torch.allclose(features.tokens[0], whole.tokens[0], atol=1e-5)
+    assert torch.allclose(features.maps[8][0], whole.maps[8][0], atol=1e-5)
+    assert features.tokens.isfinite().all() and features.pooled[1].eq(0).all() and features.maps[8][1].eq(0).all()
+    tokens.present = torch.tensor([True, True, False, True]).repeat_interleave(20).expand(2, -1)
+    late = backbone.encode(tokens, product([0, 2, 3], [4, 5]))
+    early = backbone.tokenize(images, keep=product([0, 2, 3], [4, 5]))
+    early.present = torch.tensor([True, False, True]).repeat_interleave(2).expand(2, -1)
+    alone = backbone.encode(backbone.tokenize(images, keep=product([0, 3], [4, 5])))
+    assert torch.allclose(late.pooled, alone.pooled, atol=1e-5)
+    assert torch.allclose(backbone.encode(early).pooled, alone.pooled, atol=1e-5)
+
+
+def test_scattered_tokens_cannot_be_the_present_ones() -> None:
+    backbone = small()
+    tokens = backbone.tokenize(torch.randn(2, 4, 16, 16))
+    tokens.present = torch.ones(2, 16, dtype=torch.bool)
+    tokens.present[1, 6] = False
+    with pytest.raises(ValueError, match="of sample 1 are scattered; LESS takes those of some bands × some positions"):
+        backbone.encode(tokens)
+
+
+def test_presence_under_compile_and_autocast() -> None:
+    backbone, images = small(depth=1), torch.randn(2, 4, 16, 24)
+    present = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0]]).bool().repeat_interleave(6, dim=1)
+
+    def encode(x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        tokens = backbone.tokenize(x)
+        tokens.present = present
+        return backbone.encode(tokens).pooled
+
+    with torch.no_grad():
+        plain = encode(images, present)
+        assert torch.allclose(torch.compile(encode, fullgraph=True, backend="aot_eager")(images, present), plain, atol=1e-5)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert torch.allclose(encode(images, present).float(), plain, atol=0.1)
+
+
+def test_context_is_added_to_every_token_and_dropped() -> None:
+    plain, informed, images = small(), small(context=True), torch.randn(2, 4, 32, 40)
+    missing, unexpected = informed.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and all(name.startswith("context.") for name in missing) and not unexpected
+    here, gsd_m = torch.tensor([46.9, -3.0]), torch.tensor([10.0, 4.0])
+    drawn = Context(lat=here, lon=here, time=1e9 + here, gsd_m=gsd_m, drop=torch.tensor([0.2, 0.7]))
+    known, nowhere = informed.tokenize(images, drawn).x, informed.tokenize(images, Context(gsd_m=torch.full((2,), torch.nan))).x
+    offset = known - plain.tokenize(images, drawn).x
+    assert torch.allclose(offset, offset[:, :1].expand_as(offset), atol=1e-5), "one vector per sample"
+    assert not torch.allclose(offset[0], offset[1], atol=1e-2), "another place, another vector"
+    nothing = informed.tokenize(images).x
+    assert torch.equal(nowhere, nothing), "NaN is absent, for the encoding and for the positions"
+    trained = informed.train().tokenize(images, drawn).x - plain.tokenize(images, drawn).x
+    assert torch.allclose(trained[0], (nothing - plain.tokenize(images).x)[0], atol=1e-5) and torch.equal(trained[1], offset[1])
+    keep = ProductKeep(torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0, 3, 19], [7, 8, 11]]))
+    late = informed.eval().encode(informed.tokenize(images, drawn), keep)
+    assert torch.allclose(late.tokens, informed.encode(informed.tokenize(images, drawn, keep)).tokens, atol=1e-5)
+    with pytest.raises(ValueError, match=r"ctx.lat must be \(2,\)"):
+        informed(images, Context(lat=torch.zeros(3), lon=torch.zeros(3)))
+
+
 def test_positions_are_metres_and_wavelengths_nanometres() -> None:
     backbone = small()
     cpu = torch.device("cpu")

@@ -51,15 +51,16 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["none", "shared", "each"])
 def test_equals_the_reference_with_gradients(shape: tuple[int, ...], kind: str) -> None:
-    inputs, mask = _inputs(shape), _mask(kind, shape[0], shape[4])
-    got = kronecker_attention(*inputs, mask=mask, scale_c=0.4, scale_s=0.3)
-    expected = reference.kronecker_attention(*inputs, mask=mask, scale_c=0.4, scale_s=0.3)
+    inputs, mask, mask_c = _inputs(shape), _mask(kind, shape[0], shape[4]), _mask(kind, shape[0], shape[3])
+    got = kronecker_attention(*inputs, mask=mask, mask_c=mask_c, scale_c=0.4, scale_s=0.3)
+    expected = reference.kronecker_attention(*inputs, mask=mask, mask_c=mask_c, scale_c=0.4, scale_s=0.3)
     grad = torch.randn_like(expected)
     assert torch.allclose(got, expected, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=5e-5)
     if mask is not None:
         assert torch.allclose(got[:, :, 0], inputs[7].expand_as(got[:, :, 0])), "of a row that sees nothing the bias is left"
+        assert torch.allclose(got[:, 0], inputs[7].expand_as(got[:, 0])), "of a channel that sees none too"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -206,6 +207,7 @@ def test_errors_name_the_argument() -> None:
         ({"weight": fine["weight"][:, :5]}, r"weight must be \(Dout, 12\).*not \(7, 5\)"),
         ({"bias": fine["bias"][:3]}, r"bias must be \(7,\).*not \(3,\)"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool)}, r"mask must be bool, \(\[2,\] 5, 5\), not torch.bool \(4, 4\)"),
+        ({"mask_c": torch.ones(5, 5)}, r"mask_c must be bool, \(\[2,\] 4, 4\), not torch.float32 \(5, 5\)"),
         ({"weight": fine["weight"].double()}, "weight is torch.float64, qc is torch.float32"),
         ({"vs": fine["vs"].to("meta")}, "vs is on meta, qc is on cpu"),
     ):

@@ -34,11 +34,12 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[
 def test_equals_the_reference_with_gradients(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold, "plan", lambda *_: "product")
     inputs, mask = _inputs(shape), (torch.rand(shape[4], shape[4]) < 0.6).to(DEVICE)
-    mask[0] = False
-    expected = reference.kronecker_attention(*inputs, mask=mask)
+    mask_c = (torch.rand(shape[0], shape[3], shape[3]) < 0.6).to(DEVICE)
+    mask[0] = mask_c[:, 0] = False
+    expected = reference.kronecker_attention(*inputs, mask=mask, mask_c=mask_c)
     grad = torch.randn(expected.shape).to(DEVICE)
     with use(kronecker_attention="triton"):
-        got = kronecker_attention(*inputs, mask=mask)
+        got = kronecker_attention(*inputs, mask=mask, mask_c=mask_c)
         mine = torch.autograd.grad(got, inputs, grad)
     assert torch.allclose(got, expected, atol=1e-5)
     for one, other in zip(mine, torch.autograd.grad(expected, inputs, grad), strict=True):
