@@ -27,13 +27,13 @@ _OCTAVES = 6
 class WaveViTConfig(GridConfig):
     """`bands` is the number of bands where no wavelengths are given, and how many bands without one can be told apart.
 
-    `wavelengths_nm` are those of the bands where the context has none. `mixture` patch projections are mixed for each band by a
+    `wavelength_nm` are those of the bands where the context has none. `mixture` patch projections are mixed for each band by a
     network of `hidden` units.
     """
 
     image_size: int = 224
     patch: int = 16
-    wavelengths_nm: tuple[float, ...] = ()
+    wavelength_nm: tuple[float, ...] = ()
     mixture: int = 32
     hidden: int = 128
 
@@ -55,9 +55,9 @@ class WaveEmbed(nn.Module):
         nn.init.normal_(self.projections, std=1 / math.sqrt(config.mixture * config.patch**2))
 
     def weights(self, wavelength_nm: Tensor) -> Tensor:
-        """(D, C, p, p) for wavelengths (C,), NaN where a band has none. A mean over bands: their number changes no size."""
+        """(D, C, p, p) for wavelengths (C,), NaN or 0 where a band has none. A mean over bands: their number changes no size."""
         bands = len(wavelength_nm)
-        known_c = wavelength_nm.double()
+        known_c = torch.where(wavelength_nm > 0, wavelength_nm.double(), math.nan)
         place = torch.arange(bands, device=known_c.device).clamp(max=len(self.unknown) - 1)
         feature_cf = _features(known_c.nan_to_num(_VISIBLE_NM)).to(self.unknown.dtype)
         entered = torch.where(known_c.isnan()[:, None], self.unknown[place], self.enter(feature_cf))
@@ -79,19 +79,20 @@ def _features(wavelength_c: Tensor) -> Tensor:
 
 @register(WaveViTConfig, {f"wave_vit_{s}_patch16": {**SIZES[s], "patch": 16} for s in ("small", "base")})
 class WaveViT(GridViT):
-    """All bands together in one patch, through weights made from `ctx.wavelength_nm` (C,), NaN for a band without one.
+    """All bands together in one patch, through weights made from `ctx.wavelength_nm` (C,), NaN or 0 for a band without one.
 
-    Any number of bands enters with it; without it, and without `wavelengths_nm` in the configuration, `bands` unnamed ones.
+    Any number of bands enters with it; without it, and without `wavelength_nm` in the configuration, `bands` unnamed ones.
     """
 
     config: WaveViTConfig
+    traits = frozenset({"sparse", "any_bands"})
     tiny: ClassVar[dict[str, Any]] = {**TINY, "bands": 5, "mixture": 4, "hidden": 16}
 
     def __init__(self, config: WaveViTConfig) -> None:
         if config.attention != "joint":
             raise ValueError(f"all bands are one group here: attention must be joint, not {config.attention}")
-        if config.wavelengths_nm and len(config.wavelengths_nm) != config.bands:
-            raise ValueError(f"wavelengths_nm must hold {config.bands}, one for each band, not {len(config.wavelengths_nm)}")
+        if config.wavelength_nm and len(config.wavelength_nm) != config.bands:
+            raise ValueError(f"wavelength_nm must hold {config.bands}, one for each band, not {len(config.wavelength_nm)}")
         super().__init__(config, 1)
         if config.width % 4 or config.mixture < 1 or config.hidden < 1:
             raise ValueError(f"width must be divisible by 4, mixture and hidden at least 1: {config}")
@@ -112,7 +113,7 @@ class WaveViT(GridViT):
             wavelength_nm = ctx.wavelength_nm
         else:
             wavelength_nm = images_bchw.new_tensor(
-                self.config.wavelengths_nm or [math.nan] * self.config.bands, dtype=torch.float32
+                self.config.wavelength_nm or [math.nan] * self.config.bands, dtype=torch.float32
             )
         return self.patch_embed(images_bchw, wavelength_nm, index_bk)
 

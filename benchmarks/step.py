@@ -109,7 +109,7 @@ def swath_step(recipe: Any, bands: int, size: int, batch: int) -> Callable[[prec
     """The trainer's arithmetic on blank data: masks from draws, forward, backward, fused AdamW."""
     task = dict(recipe.objective)
     backbone = base.create(**{"bands": bands, "image_size": size, **recipe.backbone})
-    model = objective.build(task.pop("name"), backbone, (size, size), bands, **task)
+    model = objective.build(task.pop("name"), backbone, (size, size), {"image": bands}, **task)
     optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
     images = torch.randn(batch, bands, size, size)
     ids = torch.arange(batch)
@@ -239,7 +239,7 @@ def make_pass(recipe: Any, args: argparse.Namespace) -> Step:
     """Forward and backward alone, what `auto` measures."""
     task = dict(recipe.objective)
     backbone = base.create(**{"bands": args.bands, "image_size": args.size, **recipe.backbone})
-    model = objective.build(task.pop("name"), backbone, (args.size, args.size), args.bands, **task)
+    model = objective.build(task.pop("name"), backbone, (args.size, args.size), {"image": args.bands}, **task)
     ids = torch.arange(args.batch)
     batch = Batch({"image": torch.zeros(args.batch, args.bands, args.size, args.size)}, {}, ids, ids, torch.ones(args.batch))
 

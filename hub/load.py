@@ -29,11 +29,18 @@ class Loaded:
     """
 
     backbone: Backbone
-    contract: InputContract
+    contracts: dict[str, InputContract]
     size: tuple[int, int]
     name: str
     options: dict[str, Any]
     origin: dict[str, Any]
+
+    @property
+    def contract(self) -> InputContract:
+        """Of the only modality; InputError where it was trained on several."""
+        if len(self.contracts) > 1:
+            raise InputError(f"the backbone was trained on {', '.join(self.contracts)}; name one modality")
+        return next(iter(self.contracts.values()))
 
 
 def load_backbone(path: Path | str) -> Loaded:
@@ -49,8 +56,9 @@ def load_backbone(path: Path | str) -> Loaded:
     state, tensors = exported or read_checkpoint(path, _PREFIX)
     try:
         name, options = state["backbone"]["name"], state["backbone"]["options"]
-        contract = InputContract.model_validate(state["contract"])
-        height, width = _size(state["config"]["data"]["size"], contract)
+        given = [InputContract.model_validate(contract) for contract in state["contracts"].values()]
+        contracts = {contract.modality: contract for contract in given}
+        height, width = _size(state["config"]["data"]["size"], given[0])
         origin = state["origin"] if exported else _origin(state)
     except (KeyError, TypeError, ValueError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
@@ -60,7 +68,7 @@ def load_backbone(path: Path | str) -> Loaded:
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
     _fill(backbone, tensors, path)
-    return Loaded(backbone.eval(), contract, (height, width), name, options, origin)
+    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin)
 
 
 def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, int]:
@@ -90,7 +98,7 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         tensors = load_file(path / WEIGHTS)
         state = {
             "backbone": {"name": config["backbone_name"], "options": config["backbone_options"]},
-            "contract": config["input_contract"],
+            "contracts": {"input": config["input_contract"]},
             "config": {"data": {"size": config["image_size"]}},
             "origin": config["origin"],
         }

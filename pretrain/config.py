@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from swath.backbones import base
 from swath.pretrain import objective
@@ -32,16 +32,38 @@ class Augment(Section):
     quarter_turns: bool = False
 
 
-class Data(Section):
-    """Shards, and the order in which they are read. `size` is what the backbone sees; the chips' own when null."""
+class DataSet(Section):
+    """One data set of a mixture. `weight` is its share of the batches; of all or none, then by the number of samples."""
 
-    train: Path
-    val: Path | None = None
+    path: str
+    weight: float | None = Field(default=None, gt=0)
+
+
+class Data(Section):
+    """Shards, and the order in which they are read. `train` is a folder (or s3://, gs://, https:// address) of shards, or a
+    list of {path, weight}; `val` one or several. `modalities` of the samples, all by default. `size` is what the backbone sees;
+    the chips' own when null. With `clouds` the pixels under clouds and shadows count too.
+    """
+
+    train: tuple[DataSet, ...] = Field(min_length=1)
+    val: tuple[str, ...] = ()
+    modalities: tuple[str, ...] | None = Field(default=None, min_length=1)
+    clouds: bool = False
     size: int | None = Field(default=None, ge=1)
     window: int = Field(default=65536, ge=1)
     lanes: int = Field(default=1, ge=1)
     workers: int = Field(default=1, ge=0)
     augment: Augment = Augment()
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_data_set(cls, value: Any) -> Any:
+        return ({"path": str(value)},) if isinstance(value, str | Path) else value
+
+    @field_validator("val", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return () if value is None else (str(value),) if isinstance(value, str | Path) else value
 
 
 class Train(Section):

@@ -1,13 +1,13 @@
 """What every objective is: a backbone and a loss around it (DESIGN §2.6)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, Recomputed, Registry
+from swath.backbones.base import Backbone, Context, Recomputed, Registry
 from swath.shards.prepare import Batch
 
 
@@ -50,8 +50,11 @@ registry = Registry("objective")
 register = registry.register
 
 
-def build(name: str, backbone: Backbone, image_size: tuple[int, int], bands: int, **options: Any) -> Objective:
-    """A registered objective around `backbone`. ValueError says why a pair is not possible."""
+def build(name: str, backbone: Backbone, image_size: tuple[int, int], channels: Mapping[str, int], **options: Any) -> Objective:
+    """A registered objective around `backbone`, for modalities of so many `channels` (bands × dates) each.
+
+    ValueError says why a pair is not possible.
+    """
     entry = registry.entry(name)
     missing = entry.build.needs - backbone.traits
     if missing:
@@ -59,7 +62,21 @@ def build(name: str, backbone: Backbone, image_size: tuple[int, int], bands: int
             f"objective {name} needs a backbone that is {', '.join(sorted(missing))}; {type(backbone).__name__} is "
             f"{', '.join(sorted(backbone.traits)) or 'none of these'}"
         )
-    return entry.build(registry.configure(name, **options), backbone, image_size, bands)
+    if len(channels) > 1 and "any_bands" not in backbone.traits:
+        raise ValueError(
+            f"{', '.join(channels)} need a backbone that takes any bands (wave_vit does); with {type(backbone).__name__} "
+            "name one in data.modalities, or train on one data set"
+        )
+    return entry.build(registry.configure(name, **options), backbone, image_size, channels)
+
+
+def context(batch: Batch, modality: str, backbone: Backbone, draw: Draws) -> Context:
+    """What the batch tells a backbone besides its pixels; with a context encoding, `draw` says from whom it is withheld."""
+    encodes = backbone.training and getattr(backbone, "context", None) is not None
+    return Context(
+        wavelength_nm=batch.wavelength_nm.get(modality), drop=draw.uniform("context", 1)[:, 0] if encodes else None,
+        **{name: batch.meta.get(name) for name in ("gsd_m", "lat", "lon", "time")},
+    )  # fmt: skip
 
 
 def token_validity(valid_b1hw: Tensor, patch: int) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import platform
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,9 +24,11 @@ from torch import Tensor
 
 import swath
 from swath.backbones import base
+from swath.backbones.base import Features
 from swath.kernels import dispatch
 from swath.pretrain import augment, checkpoint, cost, health, objective, precision
 from swath.pretrain.config import Recipe, refuse_changes
+from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
 from swath.pretrain.optimizer import Schedule, adamw
 from swath.pretrain.owner import Owner
@@ -35,10 +38,9 @@ from swath.shards.bands import InputContract
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, write_bytes, write_json
-from swath.shards.loader import Loader
-from swath.shards.order import SampleOrder, cut
+from swath.shards.loader import MicroBatch
+from swath.shards.order import cut
 from swath.shards.prepare import Batch, prepare
-from swath.shards.reader import Chips, ShardReader
 
 log = logging.getLogger("swath")
 
@@ -65,13 +67,8 @@ def pretrain(recipe: Recipe) -> Result:
 class _Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.run = recipe, recipe.run.dir
-        self.reader = ShardReader(recipe.data.train)
-        self.held_out = ShardReader(recipe.data.val) if recipe.data.val else self.reader
-        self.contract = self.reader.contract
-        self.contract.require(
-            self.held_out.contract, ours=str(recipe.data.train), theirs=str(recipe.data.val), remedy="data.val of the same bands"
-        )
-        self.size = self._image_size()
+        self.data = Data(recipe.data, recipe.run.seed)
+        self.size = self.data.size
         self.micro, self.accumulate = cut(recipe.train.global_batch, 1, recipe.train.micro_batch)
         self.total = self._total_steps()
         self.stored = self._stored()
@@ -85,17 +82,9 @@ class _Trainer:
 
     # --- what is fixed before the first step ---
 
-    def _image_size(self) -> tuple[int, int]:
-        size = self.recipe.data.size
-        if size is not None:
-            return size, size
-        if self.contract.height is None or self.contract.width is None:
-            raise InputError(f"chips of {self.recipe.data.train} have several sizes; say which to train at: data.size=…")
-        return self.contract.height, self.contract.width
-
     def _total_steps(self) -> int:
         """floor(epochs · N / global batch), or fewer where max_steps says so."""
-        train, samples = self.recipe.train, len(self.reader)
+        train, samples = self.recipe.train, self.data.samples
         lengths = [] if train.epochs is None else [int(train.epochs * samples / train.global_batch)]
         lengths += [] if train.max_steps is None else [train.max_steps]
         if not lengths:
@@ -114,16 +103,17 @@ class _Trainer:
         if resolved.exists():
             refuse_changes(yaml.safe_load(resolved.read_text()), self.recipe.resolved(), self.run)
         if latest is not None:
-            trained = InputContract.model_validate(checkpoint.read_state(latest)["contract"])
-            remedy = f"shards with the bands of the run, or another run.dir for {self.recipe.data.train}"
-            trained.require(self.contract, ours=f"checkpoint {latest}", theirs=str(self.recipe.data.train), remedy=remedy)
-            if trained != self.contract or checkpoint.read_state(latest)["shards"] != self._shards():
-                raise InputError(f"{self.recipe.data.train} is not the data that {latest} was trained on; {remedy}")
+            state = checkpoint.read_state(latest)
+            trained = {name: InputContract.model_validate(contract) for name, contract in state["contracts"].items()}
+            where = ", ".join(one.path for one in self.recipe.data.train)
+            remedy = f"shards with the bands of the run, or another run.dir for {where}"
+            for name, contract in trained.items():
+                if name in self.data.contracts:
+                    contract.require(self.data.contracts[name], ours=f"checkpoint {latest}", theirs=where, remedy=remedy)
+            if trained != self.data.contracts or state["shards"] != self.data.shards:
+                raise InputError(f"{where} is not the data that {latest} was trained on; {remedy}")
         write_bytes(resolved, yaml.safe_dump(self.recipe.resolved(), sort_keys=False).encode())
         return latest
-
-    def _shards(self) -> list[list[Any]]:
-        return [[shard.name, shard.samples, shard.sha256] for shard in self.reader.manifest.shards]
 
     def _device(self) -> torch.device:
         asked = self.recipe.train.device
@@ -136,9 +126,10 @@ class _Trainer:
         torch.manual_seed(self.recipe.run.seed)
         options = self.backbone_options()
         task = dict(self.recipe.objective)
+        channels = {name: contract.channels for name, contract in self.data.contracts.items()}
         try:
             backbone = base.create(**options)
-            model = objective.build(task.pop("name"), backbone, self.size, len(self.contract.bands), **task)
+            model = objective.build(task.pop("name"), backbone, self.size, channels, **task)
         except ValueError as error:
             raise InputError(str(error)) from None
         for block in model.blocks():
@@ -148,8 +139,20 @@ class _Trainer:
         return model
 
     def backbone_options(self) -> dict[str, Any]:
-        """The recipe's backbone with what the data decide: the number of bands, and the size whose positions are exact."""
-        return {"bands": len(self.contract.bands), "image_size": max(self.size), **self.recipe.backbone}
+        """The recipe's backbone with what the data decide: the number of bands, the size whose positions are exact, and where
+        the backbone asks for them the wavelengths (0 for a band without one) and the GSD of the pixels it sees."""
+        contract = self.data.contract
+        told: dict[str, Any] = {
+            "bands": max(c.channels for c in self.data.contracts.values()),
+            "image_size": max(self.size),
+        }
+        known = {field.name for field in dataclasses.fields(base.registry.entry(self.recipe.backbone["name"]).config)}
+        if len(self.data.contracts) == 1:
+            if "wavelength_nm" in known and any(band.wavelength_nm for band in contract.bands):
+                told["wavelength_nm"] = tuple(band.wavelength_nm or 0.0 for band in contract.bands)
+            if "gsd_m" in known and contract.gsd_m and contract.height:
+                told["gsd_m"] = contract.gsd_m * contract.height / self.size[0]
+        return {**told, **self.recipe.backbone}
 
     def _choices(self) -> dict[str, Any]:
         """What `auto` came to, and the threads: decided at the first start, kept in choices.json, used ever after."""
@@ -188,9 +191,10 @@ class _Trainer:
 
     def _rehearsal(self, model: Objective) -> Any:
         """One forward and backward pass on blank images, as large as a micro-batch."""
-        blank = torch.zeros(self.micro, len(self.contract.bands), *self.size, device=self.device)
+        contract = self.data.contract
+        blank = torch.zeros(self.micro, contract.channels, *self.size, device=self.device)
         ids = torch.arange(self.micro, device=self.device)
-        batch = Batch({self.contract.modality: blank}, {}, ids, torch.zeros_like(ids), torch.ones(self.micro, device=self.device))
+        batch = Batch({contract.modality: blank}, {}, ids, torch.zeros_like(ids), torch.ones(self.micro, device=self.device))
 
         def step() -> None:
             model(batch, Draw(0, ids, ids)).numerator.backward()
@@ -220,26 +224,22 @@ class _Trainer:
         schedule = Schedule(
             peak=train.lr_per_256 * rate,
             final=train.min_lr_per_256 * rate,
-            warmup=min(train.warmup_epochs * len(self.reader) / train.global_batch, self.total),
+            warmup=min(train.warmup_epochs * self.data.samples / train.global_batch, self.total),
             steps=self.total,
         )
         log.info(
             "%d steps of %d samples (%d samples in the data set), lr %.3g, %s on %s, micro-batch %d × %d",
-            self.total, train.global_batch, len(self.reader), schedule.peak, self.chosen["precision"], self.device,
+            self.total, train.global_batch, self.data.samples, schedule.peak, self.chosen["precision"], self.device,
             self.micro, self.accumulate,
         )  # fmt: skip
         log.info("operators: %s", dispatch.summary(self.device.type))
-        data = self.recipe.data
-        order = SampleOrder(self.reader.shard_sizes, seed=self.recipe.run.seed, window=data.window, lanes=data.lanes)
-        loader = iter(
-            Loader(
-                self.reader, order, global_batch=train.global_batch, micro_batch=self.micro, step=self.step, workers=data.workers
-            )
-        )
+        batches = self.data.batches(
+            global_batch=train.global_batch, micro_batch=self.micro, step=self.step, device=self.device
+        )  # fmt: skip
         waiting: dict[str, Any] | None = None  # a step's numbers are read one step later, so that the device never waits
         self.model.train()
         while self.step < self.total and not self.stopped:
-            row = self._one_step(loader, schedule)
+            row = self._one_step(batches, schedule)
             self.step += 1
             if waiting is not None:
                 self._write(record, waiting)
@@ -254,9 +254,9 @@ class _Trainer:
                 self._check(record)
             if last or due:
                 self._save()
-        loader.close()  # type: ignore[attr-defined]
+        batches.close()  # type: ignore[attr-defined]
 
-    def _one_step(self, loader: Any, schedule: Schedule) -> dict[str, Any]:
+    def _one_step(self, batches: Iterator[MicroBatch], schedule: Schedule) -> dict[str, Any]:
         """One update. Returns what is to be written, tensors still on the device."""
         began, waited = time.perf_counter(), 0.0
         share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
@@ -265,12 +265,12 @@ class _Trainer:
         ids = []
         for _ in range(self.accumulate):
             start = time.perf_counter()
-            chips: Chips = next(loader).chips.to(self.device)
+            chips = next(batches).chips.to(self.device)
             waited += time.perf_counter() - start
             ids.append(chips.id)
             draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
-            view = augment.view(self.recipe.data.augment, draw, chips.stored[self.contract.modality].size)
-            batch = prepare(chips, self.reader.contracts, self.size, view)
+            view = augment.view(self.recipe.data.augment, draw, next(iter(chips.stored.values())).size)
+            batch = prepare(chips, self.data.contracts_of(chips), self.size, view, self.data.clear)
             with precision.autocast(self.chosen["precision"], self.device):
                 outcome = self.model(batch, draw)
             (outcome.numerator / share).backward()
@@ -319,7 +319,7 @@ class _Trainer:
         line = {
             "step": row["step"],
             "samples": row["samples"],
-            "epoch": row["samples"] / len(self.reader),
+            "epoch": row["samples"] / self.data.samples,
             "loss": finite(float(row["loss"])),
             "lr": row["lr"],
             "seconds": row["seconds"],
@@ -346,31 +346,45 @@ class _Trainer:
 
     def _check(self, record: Record) -> None:
         """Held-out loss, health, and pictures of what the objective makes now."""
-        count = min(self.recipe.health.samples, len(self.held_out))
-        numbers = np.linspace(0, len(self.held_out) - 1, count).astype(np.int64)
-        chips = self.held_out.chips(numbers).to(self.device)
-        row: dict[str, Any] = {"step": self.step, "held_out": self.held_out is not self.reader}
-        numerator = weight = 0.0
-        parts, pictures = [], None
+        row: dict[str, Any] = {"step": self.step, "held_out": self.data.held_out is not self.data.readers}
+        total: dict[str, list[float]] = {}
+        looks: list[Features] = []
+        pictures: dict[str, dict[str, Tensor]] = {}
         self.model.eval()
         with torch.no_grad(), precision.autocast(self.chosen["precision"], self.device):
-            for first in range(0, count, self.micro):
-                batch = prepare(chips.part(slice(first, first + self.micro)), self.reader.contracts, self.size)
-                outcome = self.model(batch, Draw(self.recipe.run.seed, batch.id, batch.visit))
-                numerator, weight = numerator + float(outcome.numerator), weight + float(outcome.weight)
-                parts.append(self.model.backbone(batch.images[self.contract.modality]))
-                if pictures is None and outcome.picture is not None:
-                    pictures = outcome.picture()
+            for number, reader in enumerate(self.data.held_out):
+                count = min(self.recipe.health.samples, len(reader))
+                chips = reader.chips(np.linspace(0, len(reader) - 1, count).astype(np.int64)).to(self.device)
+                for first in range(0, count, self.micro):
+                    part = chips.part(slice(first, first + self.micro))
+                    batch = prepare(part, self.data.contracts_of(part), self.size, clear=self.data.clear)
+                    draw = Draw(self.recipe.run.seed, batch.id, batch.visit)
+                    outcome = self.model(batch, draw)
+                    modality = next(iter(batch.images))
+                    amounts = total.setdefault(modality, [0.0, 0.0])
+                    total[modality] = [amounts[0] + float(outcome.numerator), amounts[1] + float(outcome.weight)]
+                    if number == 0:  # health is of one kind of samples
+                        looks.append(
+                            self.model.backbone(
+                                batch.images[modality], objective.context(batch, modality, self.model.backbone, draw)
+                            )
+                        )
+                    if modality not in pictures and outcome.picture is not None:
+                        pictures[modality] = outcome.picture()
         self.model.train()
+        numerator, weight = (sum(amounts[i] for amounts in total.values()) for i in (0, 1))
         row["loss"] = numerator / weight if weight else None
-        measured = health.measure(torch.cat([p.pooled for p in parts]), torch.cat([p.tokens for p in parts]))
+        if len(total) > 1:
+            row["losses"] = {name: finite(amount / count) if count else None for name, (amount, count) in total.items()}
+        measured = health.measure(torch.cat([f.pooled for f in looks]), torch.cat([f.tokens for f in looks]))
         row |= {name: finite(value) for name, value in measured.items()}
         row["warnings"] = health.warnings([*record.looks, row])
         record.check(row)
         for sign in row["warnings"]:
             log.warning("health at step %d: %s", self.step, sign)
-        if pictures is not None:
-            sheet(pictures, self.contract, self.run / "pictures" / f"step-{self.step:08d}.png")
+        for name, images in pictures.items():
+            suffix = f"-{name}" if len(pictures) > 1 else ""
+            sheet(images, self.data.contracts[name], self.run / "pictures" / f"step-{self.step:08d}{suffix}.png")
 
     # --- stopping and continuing ---
 
@@ -390,8 +404,8 @@ class _Trainer:
             "total_steps": self.total,
             "config": {**self.recipe.resolved(), "data": {**self.recipe.resolved()["data"], "size": list(self.size)}},
             "backbone": {"name": options["name"], "options": dataclasses.asdict(self.model.backbone.config)},
-            "contract": self.contract.model_dump(mode="json"),
-            "shards": self._shards(),
+            "contracts": {name: contract.model_dump(mode="json") for name, contract in self.data.contracts.items()},
+            "shards": self.data.shards,
             "choices": self.chosen,
             "versions": {"swath": swath.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }

@@ -10,6 +10,9 @@ import torch
 from tqdm import tqdm
 
 from swath.hub.load import Loaded
+from swath.pretrain.objective import context
+from swath.shards.bands import InputContract
+from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 from swath.shards.prepare import prepare
 from swath.shards.reader import Chips, ShardReader
@@ -30,14 +33,17 @@ class Features:
     unlabelled: int = 0
 
 
-def require_contract(loaded: Loaded, reader: ShardReader) -> None:
-    """InputError, both sides shown, unless the data have the bands that the backbone was trained on."""
-    loaded.contract.require(
-        reader.contract,
+def require_contract(loaded: Loaded, reader: ShardReader) -> InputContract:
+    """The contract of the modality that both have. InputError, both sides shown, unless its bands are those of the backbone."""
+    shared = [name for name in reader.contracts if name in loaded.contracts]
+    contract = loaded.contracts[shared[0]] if shared else loaded.contract
+    contract.require(
+        reader.contracts[shared[0]] if shared else reader.contract,
         ours=f"backbone {loaded.name}",
         theirs=f"data set {reader.manifest.dataset}",
         remedy="make shards with these bands (`swath shard`), or pretrain on these (`swath pretrain`)",
     )
+    return contract
 
 
 def extract(
@@ -54,18 +60,20 @@ def extract(
     (height, width), by default the one that the backbone was trained at. Raises InputError for another contract, and where
     no sample has a label.
     """
-    require_contract(loaded, reader)
+    contract = require_contract(loaded, reader)
     numbers = np.flatnonzero(reader.labels >= 0)
     if len(numbers) == 0:
         raise InputError(f"data set {reader.manifest.dataset} has no labels; probes need them")
     size = size or loaded.size
     device = next(loaded.backbone.parameters()).device
     x = np.empty((len(numbers), loaded.backbone.pooled_width), dtype=np.float32)
-    modality, done = loaded.contract.modality, 0
+    modality, done = contract.modality, 0
     with torch.inference_mode(), tqdm(total=len(numbers), desc="features", unit="img", disable=not progress) as bar:
         for chips in _decoded_ahead(reader, numbers, batch):
-            images = prepare(chips.to(device), {modality: loaded.contract}, size).images[modality]
-            pooled = loaded.backbone(images).pooled
+            prepared = prepare(chips.to(device), {modality: contract}, size)
+            pooled = loaded.backbone(
+                prepared.images[modality], context(prepared, modality, loaded.backbone, Draw(0, chips.id, chips.visit))
+            ).pooled
             x[done : done + len(pooled)] = pooled.float().cpu().numpy()
             done += len(pooled)
             bar.update(len(pooled))

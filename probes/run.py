@@ -104,7 +104,7 @@ def _judge(
         "feature_width": loaded.backbone.pooled_width,
         "unlabelled": {part: features.unlabelled for part, features in parts.items()},
         "datasets": {part: readers[part].manifest.dataset for part in parts},
-        "bands": list(loaded.contract.names),
+        "bands": list(require_contract(loaded, readers["train"]).names),
         "backbone": {"name": loaded.name, **_origin(loaded.origin)},
         "seconds": {"features": extracting, "probe": time.perf_counter() - started},
         "device": next(loaded.backbone.parameters()).device.type,

@@ -89,7 +89,8 @@ def _sheet(reader: ShardReader) -> Image.Image:
 def _chip(reader: ShardReader, number: int, contract: InputContract) -> tuple[np.ndarray, np.ndarray]:
     """(3, H, W) physical values of the first date, and (H, W) where they are clear."""
     row = reader.index.members[number, reader.index.columns.index(contract.modality)]
-    values = reader.pixels(number, contract.modality)[_picture_bands(contract)].astype(np.float64) * float(row["scale"]) + float(row["add"])
+    stored = reader.pixels(number, contract.modality)[_picture_bands(contract)]
+    values = stored.astype(np.float64) * float(row["scale"]) + float(row["add"])
     clear = np.ones(values.shape[1:], bool)
     clear &= np.isfinite(values).all(axis=0)
     if (codes := reader.valid(number, contract.modality)) is not None:

@@ -4,42 +4,53 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.files import write_bytes, write_json
 from swath.shards.index import MEMBER, SAMPLE
 from swath.shards.manifest import Shard
-from swath.shards.statistics import Statistics
+from swath.shards.quality import DIGEST, LeftOut
+from swath.shards.work import Seen
 from swath.shards.writer import Rows
 
 FOLDER = "journal"  # inside the partial folder; gone when that becomes the result
 
 
+class Unfinished(InputError):
+    """The ingest stops, and what it has done is kept: the same command continues it."""
+
+
 @dataclass
 class Stretch:
-    """One stretch of jobs, up to position `end`, and the shard that it filled; none where no sample of it was left."""
+    """One stretch of jobs, up to position `end`, and the shard that it filled; none where no sample of it was left.
+
+    `digests` of its samples, one after the other, where duplicates are looked for.
+    """
 
     shard: Shard | None
     rows: Rows
     end: int
-    statistics: dict[str, Statistics]
+    seen: Seen
     skipped: list[tuple[str, str]]
-    left_out: int
+    left_out: LeftOut
     sizes: dict[str, list[tuple[int, int]]]
+    digests: bytes
 
 
 class Journal:
     """The finished stretches of one split: `folder` holds the records, `shards` the tars."""
 
-    def __init__(self, folder: Path, shards: Path, columns: int) -> None:
-        self.folder, self.shards, self.columns = folder, shards, columns
+    def __init__(self, folder: Path, shards: Path, columns: int, contracts: Mapping[str, InputContract]) -> None:
+        self.folder, self.shards, self.columns, self.contracts = folder, shards, columns, contracts
         for place in (folder, shards):
             place.mkdir(parents=True, exist_ok=True)
 
@@ -48,21 +59,26 @@ class Journal:
         assert stretch.shard is not None
         rows = stretch.rows
         write_bytes(self.folder / f"{number:06d}.rows", rows.samples.tobytes() + rows.members.tobytes() + rows.keys)
-        rest = {"end": stretch.end, "skipped": stretch.skipped, "left_out": stretch.left_out, "sizes": stretch.sizes}
-        write_json(
-            self.folder / f"{number:06d}.json",
-            {"shard": stretch.shard.model_dump(), "statistics": {name: s.state() for name, s in stretch.statistics.items()}, **rest},
-        )
+        record = {
+            "shard": stretch.shard.model_dump(),
+            "end": stretch.end,
+            "seen": stretch.seen.state(),
+            "skipped": stretch.skipped,
+            "left_out": stretch.left_out.state(),
+            "sizes": stretch.sizes,
+            "digests": stretch.digests.hex(),
+        }
+        write_json(self.folder / f"{number:06d}.json", record)
 
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> Iterator[Stretch]:
         """The finished ones, in order, up to the first that is missing or not whole."""
-        done: list[Stretch] = []
-        while (path := self.folder / f"{len(done):06d}.json").exists():
+        for number in count():
+            path = self.folder / f"{number:06d}.json"
             try:
-                done.append(self._read(path))
+                stretch = self._read(path)
             except (OSError, ValueError, KeyError, TypeError):
-                break  # torn by whatever ended the run: written again
-        return done
+                return  # not there, or torn by whatever ended the run: written again
+            yield stretch
 
     def _read(self, path: Path) -> Stretch:
         record: dict[str, Any] = json.loads(path.read_text())
@@ -73,20 +89,27 @@ class Journal:
         middle = made.samples * SAMPLE.itemsize
         end = middle + made.samples * self.columns * MEMBER.itemsize
         members = np.frombuffer(raw[middle:end], MEMBER).reshape(made.samples, -1)
+        digests = bytes.fromhex(record["digests"])
+        if len(digests) not in (0, made.samples * DIGEST):
+            raise ValueError(f"{path.name} has not one digest for each sample")
         return Stretch(
             shard=made,
             rows=Rows(np.frombuffer(raw[:middle], SAMPLE), members, raw[end:]),
             end=int(record["end"]),
-            statistics={name: Statistics.from_state(state) for name, state in record["statistics"].items()},
+            seen=Seen(self.contracts).restore(record["seen"]),
             skipped=[(key, reason) for key, reason in record["skipped"]],
-            left_out=int(record["left_out"]),
+            left_out=LeftOut.from_state(record["left_out"]),
             sizes={name: [(height, width) for height, width in found] for name, found in record["sizes"].items()},
+            digests=digests,
         )
 
 
 @contextmanager
 def building(partial: Path, plan: str) -> Iterator[None]:
-    """Own `partial` for this plan: emptied if it belongs to another, removed when the input turns out to be unusable."""
+    """Own `partial` for this plan: emptied if it belongs to another, removed when the input turns out to be unusable.
+
+    What is `Unfinished`, or ended by anything else than the input, stays for the next time.
+    """
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
     try:
@@ -102,6 +125,8 @@ def building(partial: Path, plan: str) -> Iterator[None]:
             write_json(record, plan)
         try:
             yield
+        except Unfinished:
+            raise
         except InputError:
             shutil.rmtree(partial, ignore_errors=True)
             raise

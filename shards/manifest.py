@@ -27,6 +27,14 @@ class Shard(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class BandStatistics(Strict):
+    """Of one modality, a value per band each: `percentiles` by number ("50" is the median; the contract's unit, off by at most
+    0.4 %, None for a band without values), `nodata_share` of all its pixels."""
+
+    percentiles: dict[str, tuple[float | None, ...]]
+    nodata_share: tuple[float, ...]
+
+
 class Manifest(Strict):
     """`skipped` lists what could not be decoded; `plan` is the fingerprint of the command that made the shards."""
 
@@ -34,6 +42,7 @@ class Manifest(Strict):
     dataset: str
     samples: int = Field(ge=1)
     contracts: dict[str, InputContract]
+    statistics: dict[str, BandStatistics] = Field(default_factory=dict)
     classes: tuple[str, ...] = ()
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[str, str], ...] = ()

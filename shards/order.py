@@ -1,8 +1,8 @@
 """The order of samples (DESIGN §2.3): an endless stream that is a pure function of (seed, shard sizes, window, lanes).
 
 Epoch e is positions [e·N, (e+1)·N). Within it the shuffled shards are laid end to end, the line is cut into `lanes` equal
-runs, and each run is permuted inside windows of `window` samples. Neither ranks nor workers nor batch sizes appear, so a
-position means the same sample however a run is cut.
+runs, and each run is permuted inside windows of `window` samples; the runs are dealt from in turn. Neither ranks nor
+workers nor batch sizes appear, so a position means the same sample however a run is cut.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ from swath.shards.errors import InputError
 
 
 class SampleOrder:
-    """Maps positions of the stream to (sample, visit). Memory: one window per lane and one row per shard."""
+    """Maps positions of the stream to (sample, visit), each at once, without replaying those before.
+
+    Memory: two rows per shard and epoch in use, and 8 bytes per sample of at most 2·lanes + 2 windows.
+    """
 
     def __init__(self, shard_sizes: Sequence[int], *, seed: int, window: int = 65536, lanes: int = 1) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
@@ -27,21 +30,38 @@ class SampleOrder:
             raise InputError(f"data.window and data.lanes must be at least 1, lanes at most {self.samples} samples")
         self.seed, self.window, self.lanes = seed, window, lanes
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])  # of each shard, in the manifest's numbering
+        self._windows = -(-self._lane(0)[1] // window)  # of the longest lane
         self._shards_of = lru_cache(maxsize=2)(self._shards)
         self._window_of = lru_cache(maxsize=2 * lanes + 2)(self._window)
 
     def at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(sample numbers, visits), each (count,) int64, of positions first .. first + count - 1."""
-        position = np.arange(first, first + count, dtype=np.int64)
-        epoch, index = position // self.samples, position % self.samples
+        return self.find(np.arange(first, first + count, dtype=np.int64))
+
+    def find(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(sample numbers, visits), each (P,) int64, of `positions` (P,) int64."""
+        epoch, index = positions // self.samples, positions % self.samples
         lane, place = index % self.lanes, index // self.lanes
-        window = place // self.window
-        sample = np.empty(count, dtype=np.int64)
-        where = np.stack([epoch, lane, window], axis=1)
-        for key in np.unique(where, axis=0):
-            rows = (where == key).all(axis=1)
-            sample[rows] = self._window_of(*(int(k) for k in key))[place[rows] % self.window]
+        where = (epoch * self.lanes + lane) * self._windows + place // self.window
+        sample = np.empty(len(positions), dtype=np.int64)
+        for key in np.unique(where).tolist():
+            rows = where == key
+            run, window = divmod(key, self._windows)
+            sample[rows] = self._window_of(*divmod(run, self.lanes), window)[place[rows] % self.window]
         return sample, epoch
+
+    def batch(self, first: int, count: int) -> np.ndarray:
+        """(count,) int64: positions first .. first + count - 1, those of a lane together.
+
+        Ranks take equal contiguous shares of it, so that a node touches only the shards of its own lanes.
+        """
+        positions = np.arange(first, first + count, dtype=np.int64)
+        return positions[np.argsort(positions % self.samples % self.lanes, kind="stable")]
+
+    def shards(self, samples: np.ndarray) -> list[int]:
+        """The shards that hold `samples`, in the order in which they are first needed: what to fetch ahead."""
+        shard = np.searchsorted(self._starts, samples, side="right") - 1
+        return shard[np.sort(np.unique(shard, return_index=True)[1])].tolist()
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shuffled shard list, and where each of them starts on the epoch's line."""
@@ -64,8 +84,14 @@ class SampleOrder:
         return self._starts[shuffled[row]] + line - starts[row]
 
 
-def cut(global_batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
-    """(micro-batch, micro-steps) of each rank; raises InputError with the sizes that fit unless they divide exactly."""
+def cut(global_batch: int, world_size: int, micro_batch: int | None, *, lanes: int = 1, nodes: int = 1) -> tuple[int, int]:
+    """(micro-batch, micro-steps) of each rank; raises InputError with the sizes that fit unless they divide exactly.
+
+    Several lanes must divide among the nodes, or a node would fetch its neighbour's shards; a single one is everybody's.
+    """
+    if lanes > 1 and lanes % nodes:
+        fits = ", ".join(str(n) for n in sorted({1, lanes // nodes * nodes, (lanes // nodes + 1) * nodes}) if n)
+        raise InputError(f"data.lanes {lanes} does not divide by {nodes} nodes; sizes that fit: {fits}")
     share, rest = divmod(global_batch, world_size)
     if rest or not share:
         low, high = share * world_size, (share + 1) * world_size

@@ -1,42 +1,32 @@
-"""From a list of jobs to full shards: read, check, count, write; continuing after what the journal has."""
+"""From a list of jobs to full shards, continuing after what the journal has."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from swath.shards.bands import InputContract
-from swath.shards.codec import DecodeError, encode_npy
 from swath.shards.errors import InputError
-from swath.shards.index import MEMBER, SAMPLE, VALID, columns_of
+from swath.shards.index import MEMBER, SAMPLE, columns_of
 from swath.shards.journal import Journal, Stretch
 from swath.shards.manifest import Shard
-from swath.shards.sources.source import Item, Part, Sample, Source
-from swath.shards.statistics import Statistics
-from swath.shards.writer import Member, Place, Rows, ShardWriter
+from swath.shards.quality import Duplicates, LeftOut
+from swath.shards.sources.source import Source
+from swath.shards.work import Chunk, Job, Made, Seen, seen_again
+from swath.shards.writer import Rows, ShardWriter
 
 MAX_SAMPLES = 4096  # in one shard, so that small data sets have several to shuffle
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sample to write: its key in the shard, its source item, its label by the split file and its block."""
-
-    key: str
-    item: Item
-    label: str | None
-    block: int
+_CHUNK, _CHUNKS, _VALUES = 32, 64, 1 << 22  # jobs in a chunk, at most; chunks in a split, at least; pixel values in a chunk
+_SIDE = 128  # px of a chip whose size is not known beforehand
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a shard is full, what share of a chip may be nodata, how many files may be undecodable."""
+    """When a shard is full, and how many files may be undecodable."""
 
     shard_bytes: int
-    max_nodata: float
     failures: int
 
 
@@ -50,148 +40,107 @@ class Progress(Protocol):
 
 @dataclass
 class Packed:
-    """All shards of one split, their index rows; statistics and sizes by modality; what was skipped, how many mostly nodata."""
+    """All shards of one split and the index rows of each; what was seen, sizes by modality; what was skipped, and left out
+    after decoding."""
 
     shards: list[Shard]
-    rows: Rows
-    statistics: dict[str, Statistics]
+    rows: list[Rows]
+    seen: Seen
     sizes: dict[str, set[tuple[int, int]]]
     skipped: list[tuple[str, str]]
-    left_out: int
+    left_out: LeftOut
+
+    def add(self, stretch: Stretch) -> None:
+        """Take in the next stretch."""
+        if stretch.shard is not None:
+            self.shards.append(stretch.shard)
+            self.rows.append(stretch.rows)
+        self.seen.merge(stretch.seen)
+        for name, found in stretch.sizes.items():
+            self.sizes[name].update(found)
+        self.skipped.extend(stretch.skipped)
+        self.left_out.merge(stretch.left_out)
 
 
-@dataclass
-class Made:
-    """What one job came to: `members` to write (none if it is left out as mostly nodata), or why it cannot be decoded."""
+def chunk_length(source: Source, jobs: int, chip: int | None) -> int:
+    """Jobs in a chunk: statistics are taken per chunk, so this depends on the plan alone, and not on the workers.
 
-    members: list[Member]
-    label: str | None
-    place: Place
-    statistics: dict[str, Statistics]
-    sizes: dict[str, tuple[int, int]]
-    failure: str | None = None
-
-
-def make(source: Source, job: Job, max_nodata: float) -> Made:
-    """Read and encode one job."""
-    try:
-        sample = source.read(job.item)
-    except DecodeError as error:
-        return Made([], None, Place(), {}, {}, str(error))
-    contracts = source.contracts
-    if not sample.parts or _nodata(sample, contracts) > max_nodata:
-        return Made([], None, Place(), {}, {})
-    label = job.label if job.label is not None else sample.label
-    return Made(
-        _members(source, job, sample, label), label, Place.of(sample.meta),
-        {name: _statistics(part, contracts[name]) for name, part in sample.parts.items()},
-        {name: (part.pixels.shape[1], part.pixels.shape[2]) for name, part in sample.parts.items()},
-    )  # fmt: skip
-
-
-def _nodata(sample: Sample, contracts: Mapping[str, InputContract]) -> float:
-    """The share of nodata in the part that has least of it: what one modality lacks, another may show."""
-    return min(0.0 if part.valid is None else float((part.valid == 0).mean()) for part in sample.parts.values())
-
-
-def _statistics(part: Part, contract: InputContract) -> Statistics:
-    """Of the physical values of clear pixels, over all dates."""
-    made = Statistics(len(contract.bands))
-    physical = part.pixels.astype(np.float64) * part.scale + part.add
-    dates_tchw = physical.reshape(contract.dates, len(contract.bands), *physical.shape[1:])
-    for date, values_chw in enumerate(dates_tchw):
-        clear_hw = None if part.valid is None else np.broadcast_to(part.valid == 1, dates_tchw[:, 0].shape)[date]
-        made.add(values_chw, clear_hw)
-    return made
-
-
-def _members(source: Source, job: Job, sample: Sample, label: str | None) -> list[Member]:
-    radiometry = {
-        name: {"scale": part.scale, "add": part.add, "scale_source": part.scale_source} for name, part in sample.parts.items()
-    }
-    meta = {"key": job.item.key, "dataset": source.dataset, "label": label, "radiometry": radiometry}
-    meta |= sample.meta | ({"block": job.block} if job.block >= 0 else {})
-    members = []
-    for name in source.contracts:
-        if (part := sample.parts.get(name)) is None:
-            continue
-        data = encode_npy(part.pixels) if part.data is None else part.data
-        members.append(Member(f"{name}.{part.extension}", name, data, part.scale, part.add))
-        if part.valid is not None and (part.valid != 1).any():
-            members.append(Member(f"{name}{VALID}.npy", name + VALID, encode_npy(part.valid)))
-    members.append(Member("json", "json", json.dumps(meta, sort_keys=True, allow_nan=False).encode()))
-    return members
+    Counting costs as much for a chunk as for a small chip, which is why there are not fewer; memory, why there are not more.
+    """
+    values = sum(contract.channels for contract in source.contracts.values()) * (chip or _SIDE) ** 2
+    return max(1, min(_CHUNK, jobs // _CHUNKS, _VALUES // values, MAX_SAMPLES))
 
 
 class Packer:
-    """Writes the shards of one split. `failed` is shared by the splits: the limit holds for all of them together."""
+    """Writes the shards of one split out of chunks of `length` jobs, which `work` does; a shard holds whole chunks.
+
+    `failed` and `duplicates` are shared by the splits: the limit holds for all of them together, and the first stays.
+    """
 
     def __init__(
-        self, source: Source, classes: tuple[str, ...], folder: Path, journal: Path, limits: Limits,
-        failed: list[tuple[str, str]], bar: Progress,
+        self, source: Source, classes: tuple[str, ...], folder: Path, journal: Path, limits: Limits, length: int,
+        work: Callable[[Sequence[Sequence[Job]]], Iterator[Chunk]], failed: list[tuple[str, str]], duplicates: Duplicates | None,
+        bar: Progress,
     ) -> None:  # fmt: skip
-        self.source, self.folder, self.limits, self.failed, self.bar = source, folder, limits, failed, bar
+        self.source, self.folder, self.limits, self.length, self.work = source, folder, limits, length, work
+        self.failed, self.duplicates, self.bar = failed, duplicates, bar
         self.numbers = {name: number for number, name in enumerate(classes)}
         self.columns = columns_of(list(source.contracts))
-        self.journal = Journal(journal, folder, len(self.columns))
+        self.journal = Journal(journal, folder, len(self.columns), source.contracts)
 
-    def run(self, jobs: list[Job]) -> Packed:
-        """Write what the journal lacks of `jobs`, and sum up."""
-        done = self.journal.stretches()
-        position = done[-1].end if done else 0
-        self.bar.update(position)
-        self.failed.extend(entry for stretch in done for entry in stretch.skipped)
-        made = self._made(jobs[position:])
-        while position < len(jobs):
-            stretch = self._fill(len(done), made, jobs, position)
-            if stretch.shard is not None:
-                self.journal.record(len(done), stretch)
-            done.append(stretch)
+    def run(self, jobs: list[Job], look: Callable[[Seen], object]) -> Packed:
+        """Write what the journal lacks of `jobs`, and sum up. `look` sees what the first shard holds, and may raise."""
+        packed = Packed([], [], Seen(self.source.contracts), {name: set() for name in self.source.contracts}, [], LeftOut())
+        number = position = 0
+        for number, stretch in enumerate(self.journal.stretches(), 1):
+            self.failed.extend(stretch.skipped)
+            if self.duplicates is not None:
+                self.duplicates.restore(_keys(stretch.rows), stretch.digests)
+            self.bar.update(stretch.end - position)
+            packed.add(stretch)
             position = stretch.end
-        statistics = self._empty()
-        sizes: dict[str, set[tuple[int, int]]] = {name: set() for name in self.source.contracts}
-        for stretch in done:
-            for name in self.source.contracts:
-                statistics[name].merge(stretch.statistics[name])
-                sizes[name] |= set(stretch.sizes[name])
-        return Packed(
-            shards=[stretch.shard for stretch in done if stretch.shard is not None],
-            rows=Rows.join([stretch.rows for stretch in done]),
-            statistics=statistics,
-            sizes=sizes,
-            skipped=[entry for stretch in done for entry in stretch.skipped],
-            left_out=sum(stretch.left_out for stretch in done),
-        )
+            if number == 1:
+                look(stretch.seen)
+        starts = [*range(position, len(jobs), self.length), len(jobs)]
+        chunks = [jobs[start:end] for start, end in pairwise(starts)]
+        results = zip(chunks, self.work(chunks), strict=True)
+        while position < len(jobs):
+            stretch = self._fill(number, results, position, len(jobs))
+            packed.add(stretch)
+            position = stretch.end
+            if stretch.shard is not None:
+                self.journal.record(number, stretch)
+                number += 1
+                if number == 1:
+                    look(stretch.seen)
+        return packed
 
-    def _empty(self) -> dict[str, Statistics]:
-        return {name: Statistics(len(contract.bands)) for name, contract in self.source.contracts.items()}
-
-    def _made(self, jobs: list[Job]) -> Iterator[Made]:
-        """What each job comes to, in order."""
-        return (make(self.source, job, self.limits.max_nodata) for job in jobs)
-
-    def _fill(self, number: int, made: Iterator[Made], jobs: list[Job], position: int) -> Stretch:
+    def _fill(self, number: int, results: Iterator[tuple[list[Job], Chunk]], position: int, end: int) -> Stretch:
         """Fill one shard from `position` on; only the last stretch can be without one."""
         writer = ShardWriter(self.folder, number, self.source.dataset, self.columns)
-        statistics = self._empty()
-        skipped: list[tuple[str, str]] = []
+        seen, skipped, left_out, digests = Seen(self.source.contracts), [], LeftOut(), bytearray()
         sizes: dict[str, set[tuple[int, int]]] = {name: set() for name in self.source.contracts}
-        left_out = 0
         try:
-            while position < len(jobs) and len(writer) < MAX_SAMPLES and writer.bytes < self.limits.shard_bytes:
-                job, one = jobs[position], next(made)
-                position += 1
-                self.bar.update()
-                if one.failure is not None:
-                    skipped.append((job.item.key, one.failure))
-                    self._count_failure(job.item.lookup, one.failure)
-                elif not one.members:
-                    left_out += 1
-                else:
-                    for name, seen in one.statistics.items():
-                        statistics[name].merge(seen)
-                        sizes[name].add(one.sizes[name])
-                    writer.add(job.key, one.members, -1 if one.label is None else self.numbers[one.label], job.block, one.place)
+            while position < end and len(writer) + self.length <= MAX_SAMPLES and writer.bytes < self.limits.shard_bytes:
+                jobs, chunk = next(results)
+                position += len(jobs)
+                self.bar.update(len(jobs))
+                kept = []
+                for job, one in zip(jobs, chunk.made, strict=True):
+                    if one.failure is not None:
+                        skipped.append((job.item.key, one.failure))
+                        self._count_failure(job.item.lookup, one.failure)
+                    elif (reason := one.left_out or self._repeats(job, one)) is not None:
+                        left_out.add(reason, job.item.key)
+                    else:
+                        kept.append(one)
+                        for name, size in one.sizes.items():
+                            sizes[name].add(size)
+                        digests += one.digest
+                        label = -1 if one.label is None else self.numbers[one.label]
+                        writer.add(job.key, one.members, label, job.block, one.place)
+                repeated = len(kept) < sum(bool(one.members) for one in chunk.made)
+                seen.merge(seen_again(self.source.contracts, kept) if repeated else chunk.seen)
             if len(writer):
                 shard, rows = writer.close()
             else:
@@ -200,7 +149,13 @@ class Packer:
         except BaseException:
             writer.abandon()
             raise
-        return Stretch(shard, rows, position, statistics, skipped, left_out, {n: sorted(found) for n, found in sizes.items()})
+        found = {name: sorted(each) for name, each in sizes.items()}
+        return Stretch(shard, rows, position, seen, skipped, left_out, found, bytes(digests))
+
+    def _repeats(self, job: Job, made: Made) -> str | None:
+        if self.duplicates is None or self.duplicates.earlier(job.key, made.digest) is None:
+            return None
+        return "the same pixels as a sample before it"
 
     def _count_failure(self, name: str, reason: str) -> None:
         self.failed.append((name, reason))
@@ -212,3 +167,8 @@ class Packer:
             f"{len(self.failed)} of {total} files ({len(self.failed) / total:.1%}) cannot be decoded, more than --max-failed "
             f"allows: {first}; repair or remove them, or raise --max-failed"
         )
+
+
+def _keys(rows: Rows) -> list[str]:
+    starts, lengths = rows.samples["key_start"].tolist(), rows.samples["key_length"].tolist()
+    return [rows.keys[start : start + length].decode() for start, length in zip(starts, lengths, strict=True)]

@@ -4,6 +4,7 @@ Resizing is two matrix products with weights made per sample, so crops of differ
 are anti-aliased when shrinking. Letters: b sample, c band, h w in, y x out.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,8 @@ class Batch:
     """images {modality: (B, C, H, W)} normalised, 0 where invalid, of a series (B, dates · C, H, W) date after date;
     valid {modality: (B, 1, H, W)}, of a series (B, dates, H, W), bool, without an entry where every pixel is;
     id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count. meta {gsd_m, lat, lon, time} float64, NaN where
-    unknown: metres per pixel after cropping and resizing, degrees of the crop's centre, UTC seconds since 1970 (B,) or (B, dates)."""
+    unknown: metres per pixel after cropping and resizing, degrees of the crop's centre, UTC seconds since 1970 (a series: (B, T)).
+    wavelength_nm {modality: (bands,)} float64, NaN for a band that has none."""
 
     images: dict[str, Tensor]
     valid: dict[str, Tensor]
@@ -29,6 +31,7 @@ class Batch:
     visit: Tensor
     weight: Tensor
     meta: dict[str, Tensor] = field(default_factory=dict)
+    wavelength_nm: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,9 +54,9 @@ def prepare(
 ) -> Batch:
     """A batch of `size` (height, width) from `chips`: the modalities of `contracts`, each normalised by its own.
 
-    Values are physical (DN · scale + add) before (x - mean) / std. Pixels whose code is not among `clear`, that are nodata, or are
-    not finite become 0 and are marked invalid; a sample without a valid pixel has weight 0. Raises InputError when the chips have
-    another number of bands.
+    Values are physical (DN · scale + add) before (x - mean) / std. Pixels whose code is not among `clear`, that are nodata, or
+    are not finite become 0 and are marked invalid; a sample without a valid pixel has weight 0. Raises InputError when the chips
+    have another number of bands.
     """
     view = view or View()
     first = next(iter(chips.stored.values()))
@@ -70,7 +73,14 @@ def prepare(
         else:
             valid[name] = valid_bthw
             seen_b |= valid_bthw.flatten(1).any(dim=1)
-    return Batch(images, valid, chips.id, chips.visit, seen_b.float(), _meta(chips.meta, first.size, view.box, size))
+    nanometres = {
+        name: torch.tensor([math.nan if band.wavelength_nm is None else band.wavelength_nm for band in contract.bands]).double()
+        for name, contract in contracts.items()
+    }
+    return Batch(
+        images, valid, chips.id, chips.visit, seen_b.float(), _meta(chips.meta, first.size, view.box, size),
+        {name: value.to(chips.id.device) for name, value in nanometres.items()},
+    )  # fmt: skip
 
 
 def _one(

@@ -45,14 +45,31 @@ LANDSAT8 = Sensor(
         ("B7", "swir22", 2110, 2290, 30), ("B8", "pan", 500, 680, 15), ("B9", "cirrus", 1360, 1380, 30),
         ("B10", "lwir11", 10600, 11190, 100), ("B11", "lwir12", 11500, 12510, 100),
     ]),
-    "digital number", 1.0, 0.0, r"(?<![A-Z0-9])(L[CO]0?[89](?=[\d_])|LANDSAT[-_ ]?[89])",
+    "digital number", 1.0, 0.0, r"(?<![A-Z0-9])(L[CO]0?[89](?=[\d ])|LANDSAT[-_ ]?[89](?!\d))",
+)  # fmt: skip
+LANDSAT7 = Sensor(
+    "landsat7",
+    _ranges([
+        ("B1", "blue", 450, 520, 30), ("B2", "green", 520, 600, 30), ("B3", "red", 630, 690, 30), ("B4", "nir", 770, 900, 30),
+        ("B5", "swir16", 1550, 1750, 30), ("B6", "lwir", 10400, 12500, 60), ("B7", "swir22", 2090, 2350, 30),
+        ("B8", "pan", 520, 900, 15),
+    ]),
+    "digital number", 1.0, 0.0, r"(?<![A-Z0-9])(LE0?7(?=[\d ])|LANDSAT[-_ ]?7(?!\d))",
+)  # fmt: skip
+LANDSAT5 = Sensor(
+    "landsat5",
+    _ranges([
+        ("B1", "blue", 450, 520, 30), ("B2", "green", 520, 600, 30), ("B3", "red", 630, 690, 30), ("B4", "nir", 760, 900, 30),
+        ("B5", "swir16", 1550, 1750, 30), ("B6", "lwir", 10400, 12500, 120), ("B7", "swir22", 2080, 2350, 30),
+    ]),
+    "digital number", 1.0, 0.0, r"(?<![A-Z0-9])(LT0?[45](?=[\d ])|LANDSAT[-_ ]?[45](?!\d))",
 )  # fmt: skip
 SENTINEL1 = Sensor(  # no wavelength: it is no optical band, and 55 mm would only mislead an embedding of wavelengths
     "sentinel1",
     {name: Band(name=name, gsd_m=10) for name in ("VV", "VH", "HH", "HV")},
     "dB", 1.0, None, r"(?<![A-Z0-9])(S1[ABC]?|SENTINEL[-_ ]?1[ABC]?)(?![A-Z0-9])",
 )  # fmt: skip
-SENSORS = {sensor.name: sensor for sensor in (SENTINEL2, LANDSAT8, SENTINEL1)}
+SENSORS = {sensor.name: sensor for sensor in (SENTINEL2, LANDSAT8, LANDSAT7, LANDSAT5, SENTINEL1)}
 
 _BAND = re.compile(r"^(?P<scene>.+?)[_.-](?P<band>(?:SR_)?B\d{1,2}A?|VV|VH|HH|HV)(?P<raw>_\(Raw\))?$", re.IGNORECASE)
 

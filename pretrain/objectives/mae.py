@@ -4,6 +4,7 @@ Only visible patches are embedded and encoded; the decoder's last block, its hea
 changes no number and saves their arithmetic. Letters: b sample, k kept, m masked, n all tokens, d width, v values of a patch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from swath.backbones.vit import EPS, Block, ViTConfig, check_table, from_publish
 from swath.kernels.linear import Linear
 from swath.kernels.patch_loss import masked_patch_loss
 from swath.pretrain.masking import fill, kept, random_mask
-from swath.pretrain.objective import Draws, Objective, Outcome, register, token_validity
+from swath.pretrain.objective import Draws, Objective, Outcome, context, register, token_validity
 from swath.shards.prepare import Batch
 
 
@@ -37,7 +38,7 @@ class MAE(Objective):
 
     needs = frozenset({"sparse"})
 
-    def __init__(self, config: MAEConfig, backbone: Backbone, image_size: tuple[int, int], bands: int) -> None:
+    def __init__(self, config: MAEConfig, backbone: Backbone, image_size: tuple[int, int], channels: Mapping[str, int]) -> None:
         super().__init__()
         grid = backbone.grid(*image_size)
         if grid[0] * grid[1] != 1:
@@ -57,13 +58,18 @@ class MAE(Objective):
             [Block(width, config.decoder_heads, config.mlp_ratio) for _ in range(config.decoder_depth)]
         )
         self.decoder_norm = nn.LayerNorm(width, eps=EPS)
-        self.decoder_pred = Linear(width, self.patch**2 * bands)
+        # a modality has a head of its own where there are several
+        heads = {name: Linear(width, self.patch**2 * count) for name, count in channels.items()}
+        self.decoder_pred = next(iter(heads.values())) if len(heads) == 1 else nn.ModuleDict(heads)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_weights(part)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, batch: Batch, draw: Draws) -> Outcome:
-        (modality, images_bchw), *_ = batch.images.items()
+        (modality, images_bchw), *others = batch.images.items()
+        if others:
+            named = ", ".join(batch.images)
+            raise ValueError(f"mae reconstructs one modality, and these samples have {named}; name one in data.modalities")
         valid_b1hw = batch.valid.get(modality)
         grid = self.backbone.grid(images_bchw.shape[2], images_bchw.shape[3])
         token_valid_bn = None
@@ -74,8 +80,9 @@ class MAE(Objective):
             # too little left to encode K valid tokens and predict one: the sample keeps its place and does not count
             weight_b = weight_b * (token_valid_bn.sum(dim=1) > self.keep)
         keep_bk, masked_bm = random_mask(draw, grid[2] * grid[3], self.keep, token_valid_bn)
-        features = self.backbone.encode(self.backbone.tokenize(images_bchw, keep=keep_bk))
-        prediction_bmv = self.decode(features, keep_bk, masked_bm, grid)
+        ctx = context(batch, modality, self.backbone, draw)
+        features = self.backbone.encode(self.backbone.tokenize(images_bchw, ctx, keep_bk))
+        prediction_bmv = self.decode(features, keep_bk, masked_bm, grid, modality=modality)
         patch, normalise = (self.patch, self.patch), self.config.normalise_patches
         error_bm, mean_bm, spread_bm = masked_patch_loss(
             prediction_bmv, images_bchw, masked_bm, patch=patch, normalise=normalise, valid_b1hw=valid_b1hw
@@ -89,11 +96,12 @@ class MAE(Objective):
             made_bmv = prediction_bmv * spread_bm[..., None] + mean_bm[..., None]
             return self._picture(images_bchw, masked_bm, made_bmv, grid)
 
-        return Outcome(numerator, weight, {"pixels": (numerator.detach(), weight)}, picture)
+        return Outcome(numerator, weight, {f"pixels/{modality}": (numerator.detach(), weight)}, picture)
 
     def decode(
-        self, features: Features, keep_bk: Tensor, masked_bm: Tensor, grid: tuple[int, int, int, int], everywhere: bool = False
-    ) -> Tensor:
+        self, features: Features, keep_bk: Tensor, masked_bm: Tensor, grid: tuple[int, int, int, int], everywhere: bool = False,
+        modality: str = "",
+    ) -> Tensor:  # fmt: skip
         """(B, M, V) predictions at masked places; (B, N, V) in raster order with `everywhere`, for parity and inspection."""
         rows, columns = (torch.arange(n, device=keep_bk.device) for n in grid[2:])
         position_nd = sincos_grid(self.config.decoder_width, rows, columns).float()
@@ -113,7 +121,8 @@ class MAE(Objective):
         for block in self.decoder_blocks[-1:]:
             x_btd = block(x_btd, wanted)
         x_btd = x_btd[:, -wanted:]
-        prediction = self.decoder_pred(self.decoder_norm(x_btd))
+        head = self.decoder_pred[modality] if isinstance(self.decoder_pred, nn.ModuleDict) else self.decoder_pred
+        prediction = head(self.decoder_norm(x_btd))
         if not everywhere:
             return prediction
         order = torch.cat([keep_bk, masked_bm], dim=1)

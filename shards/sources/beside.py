@@ -1,28 +1,30 @@
-"""What lies beside a scene `x.tif`: `x_landcover.tif` (labels), `x_valid.tif` (mask), `x_labels_metadata.json`.
+"""What lies beside a scene `x.tif`: `x_landcover.tif` (labels), `x_valid.tif` (mask), `x_labels_metadata.json`, `x_sar.tif`.
 
-`x_sar.tif` and `x_change.tif` are other modalities: they are left out, and it is said.
+`x_change.tif` says something of two dates: it is left out, and it is told.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
+from swath.shards.sources.scene import open_raster, raster_errors
 
-LANDCOVER, VALID, METADATA = "_landcover", "_valid", "_labels_metadata.json"
-SUFFIXES = (LANDCOVER, VALID, "_change", "_sar")
+LANDCOVER, VALID, SAR, CHANGE, METADATA = "_landcover", "_valid", "_sar", "_change", "_labels_metadata.json"
+SUFFIXES = (LANDCOVER, VALID, CHANGE, SAR)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Paths of the map and the mask; the map's code → class, empty where it names none; labels and time of the JSON."""
+    """Paths of the map, the mask, the radar; the map's code → class, empty where it names none; labels and time of the JSON."""
 
     cover: Path | None = None
     mask: Path | None = None
+    sar: Path | None = None
     codes: tuple[tuple[int, str], ...] = ()
     labels: tuple[str, ...] | None = None
     time: str | None = None
@@ -40,38 +42,39 @@ def split_beside(paths: list[Path], names: dict[Path, str]) -> tuple[list[Path],
 
 
 def left_out(beside: dict[str, Path]) -> tuple[str, ...]:
-    """A line for each kind that is not used."""
-    made = []
-    for suffix, what in (("_sar", "SAR"), ("_change", "change")):
-        count = sum(name.endswith(suffix) for name in beside)
-        if count:
-            made.append(f"{count} {what} raster{'s' * (count > 1)} (*{suffix}.tif) left out: another modality than the scenes")
-    return tuple(made)
+    """A line on what is not used."""
+    count = sum(name.endswith(CHANGE) for name in beside)
+    plural = "s" * (count > 1)
+    return (f"{count} change raster{plural} (*{CHANGE}.tif) left out: of two dates, not of one scene",) if count else ()
 
 
-def read_beside(
-    name: str, beside: dict[str, Path], open_raster: Callable[[Path], Any], bounds: tuple[float, ...]
-) -> Beside:  # fmt: skip
-    """What there is for scene `name`, checked: maps are one band of integers on the scene's ground."""
-    cover, mask = beside.get(name + LANDCOVER), beside.get(name + VALID)
+def read_beside(name: str, beside: dict[str, Path], bounds: tuple[float, ...]) -> Beside:
+    """What there is for scene `name`, checked: maps are one band of integers on the scene's ground.
+
+    DecodeError for maps that cannot be opened, InputError for those that do not fit.
+    """
+    cover, mask, sar = (beside.get(name + suffix) for suffix in (LANDCOVER, VALID, SAR))
     codes: dict[int, str] = {}
-    for path in (cover, mask):
+    for path in (cover, mask, sar):
         if path is None:
             continue
-        with open_raster(path) as file:
-            wanted = ("uint8",) if path is mask else ("uint8", "uint16")
-            if file.count != 1 or file.dtypes[0] not in wanted:
-                raise InputError(
-                    f"{path} has {file.count} band(s) of {file.dtypes[0]}; such a map is one of {' or '.join(wanted)}"
-                )
-            if not np.allclose(file.bounds, bounds, rtol=0, atol=abs(file.transform.a) / 2):
-                raise InputError(f"{path} does not cover the same ground as its scene")
-            if path is cover:
-                codes = parse_classes(path, file.tags().get("CLASSES", ""))
+        try:
+            with open_raster(str(path)) as file:
+                wanted = ("uint8",) if path is mask else ("uint8", "uint16")
+                if path is not sar and (file.count != 1 or file.dtypes[0] not in wanted):
+                    raise InputError(
+                        f"{path} has {file.count} band(s) of {file.dtypes[0]}; such a map is one of {' or '.join(wanted)}"
+                    )
+                if not np.allclose(file.bounds, bounds, rtol=0, atol=abs(file.transform.a) / 2):
+                    raise InputError(f"{path} does not cover the same ground as its scene")
+                if path is cover:
+                    codes = parse_classes(path, file.tags().get("CLASSES", ""))
+        except raster_errors() as error:
+            raise DecodeError(f"{path.name} beside it cannot be opened: {error}") from None
     notes = _metadata(beside.get(name + METADATA))
     labels, time = notes.get("labels"), notes.get("acquisition_date")
     return Beside(
-        cover, mask, tuple(sorted(codes.items())),
+        cover, mask, sar, tuple(sorted(codes.items())),
         tuple(str(label) for label in labels) if isinstance(labels, list) else None, str(time) if time else None,
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import lzma
-import stat
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -14,12 +13,11 @@ from PIL import Image
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import DecodeError, decode, describe, encode_npy
 from swath.shards.errors import InputError
+from swath.shards.sources.archive import MAX_BYTES, open_zip, zip_members
 from swath.shards.sources.folder import TIFF, Files, files_below
-from swath.shards.sources.source import Item, Sample
+from swath.shards.sources.source import Item, Options, Part, Sample
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-MAX_BYTES = 1 << 28  # of one file: far beyond any chip
-MAX_RATIO = 200  # a deflated image hardly shrinks; what does by more than this is a bomb
 
 
 class Images:
@@ -30,14 +28,12 @@ class Images:
 
     kind = "images"
 
-    def __init__(
-        self, source: Path, bands: tuple[str, ...] | None = None, sensor: str | None = None, level: str | None = None
-    ) -> None:
+    def __init__(self, source: Path, options: Options) -> None:
         self.source, self.dataset = source, source.stem if source.is_file() else source.resolve().name
-        self._zip = _open_zip(source) if source.is_file() else None
+        self._zip = open_zip(source) if source.is_file() else None
         self.notes: tuple[str, ...] = ()
         if self._zip is not None:
-            sizes = _zip_members(source, self._zip)
+            sizes = zip_members(source, self._zip)
         else:
             files = files_below(source)
             sizes, self.notes = _stated(files, source), files.notes
@@ -50,7 +46,10 @@ class Images:
         self.classes = tuple(sorted({item.label for item in self.items if item.label is not None}))
         self._first, first = self._first_readable()
         self._shape = (first.shape[0], str(first.dtype))
-        self.contract = _contract(first, bands, sensor, level)
+        self._options = options
+        contract = _contract(first, options)
+        self._modality = contract.modality
+        self.contracts = {contract.modality: contract}
 
     def read(self, item: Item) -> Sample:
         data, pixels = self._decode(item)
@@ -62,7 +61,14 @@ class Images:
         extension = PurePosixPath(item.place).suffix.lower().lstrip(".")
         if extension in ("tif", "tiff"):
             data, extension = _reencode(pixels)
-        return Sample(pixels, data, "jpg" if extension == "jpeg" else extension, label=item.label, meta={"source": item.place})
+        nodata, scale, add = self._options.nodata, self._options.scale, self._options.add
+        part = Part(
+            pixels, data, "jpg" if extension == "jpeg" else extension,
+            valid=None if nodata is None else (pixels != nodata).all(axis=0).astype(np.uint8),
+            scale=1.0 if scale is None else scale, add=add or 0.0,
+            scale_source=Part.scale_source if scale is None and add is None else "--scale and --add",
+        )  # fmt: skip
+        return Sample({self._modality: part}, item.label, {"source": item.place})
 
     def _decode(self, item: Item) -> tuple[bytes, np.ndarray]:
         data = self._bytes(item.place)
@@ -98,16 +104,16 @@ class Images:
         raise InputError(f"none of the {len(self.items)} images in {self.source} can be decoded ({reason}){hint}")
 
 
-def _contract(first: np.ndarray, bands: tuple[str, ...] | None, sensor: str | None, level: str | None) -> InputContract:
+def _contract(first: np.ndarray, options: Options) -> InputContract:
     count = len(first)
-    names = bands or {3: ("red", "green", "blue"), 1: ("grey",)}.get(count)
+    names = options.bands or {3: ("red", "green", "blue"), 1: ("grey",)}.get(count)
     if names is None or len(names) != count:
-        given = f"--bands names {len(bands)}" if bands else "their names are not known"
+        given = f"--bands names {len(options.bands)}" if options.bands else "their names are not known"
         raise InputError(f"images have {count} bands and {given}; give --bands with {count} names")
     none = tuple(0.0 for _ in names)
     return InputContract(
-        modality="rgb" if count == 3 else "image", sensor=sensor or "unknown", level=level or "unknown",
-        unit="digital number", dtype=str(first.dtype),
+        modality="rgb" if count == 3 else "image", sensor=options.sensor or "unknown", level=options.level or "unknown",
+        unit=options.unit or "digital number", nodata=options.nodata, dtype=str(first.dtype),
         bands=tuple(Band(name=n, common_name=n if n in ("red", "green", "blue") else None) for n in names),
         normalisation=Normalisation(mean=none, std=none, pixels=tuple(0 for _ in names)),
     )  # fmt: skip
@@ -136,33 +142,3 @@ def _stated(files: Files, folder: Path) -> dict[str, tuple[int, ...]]:
     """Relative path → (bytes, mtime)."""
     status = {path.relative_to(folder).as_posix(): path.stat() for path in files.of(*EXTENSIONS)}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in status.items()}
-
-
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is neither a folder nor a zip that can be read ({error})") from None
-
-
-def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, tuple[int, ...]]:
-    """Name → (bytes, CRC-32) of the regular files; InputError for an archive that tries something."""
-    found: dict[str, tuple[int, ...]] = {}
-    for info in archive.infolist():
-        name = PurePosixPath(info.filename)
-        trouble = None
-        if name.is_absolute() or ".." in name.parts or "\\" in info.filename or info.filename[1:2] == ":":
-            trouble = "has a path that leads outside"
-        elif stat.S_ISLNK(info.external_attr >> 16):
-            trouble = "is a link"
-        elif info.flag_bits & 1:
-            trouble = "is encrypted"
-        elif info.file_size > MAX_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1 << 12):
-            trouble = f"declares {info.file_size} bytes from {info.compress_size}, beyond the limits"
-        elif info.filename in found:
-            trouble = "is there twice"
-        if trouble:
-            raise InputError(f"{path}: member {info.filename!r} {trouble}; nothing was read")
-        if not info.is_dir() and not any(p.startswith((".", "__MACOSX")) for p in name.parts):
-            found[info.filename] = (info.file_size, info.CRC)
-    return found

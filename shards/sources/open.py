@@ -1,31 +1,75 @@
 """Which kind of source a path is."""
 
+import struct
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image, TiffImagePlugin
 
 from swath.shards.errors import InputError
+from swath.shards.recipes.registry import find
+from swath.shards.sources.beside import METADATA
 from swath.shards.sources.folder import TIFF, files_below
 from swath.shards.sources.images import Images
-from swath.shards.sources.rasters import Rasters
-from swath.shards.sources.source import Source
+from swath.shards.sources.landsat import MTL, Landsat
+from swath.shards.sources.rasters import EXTENSIONS, Rasters
+from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
+from swath.shards.sources.source import Options, Source
+from swath.shards.sources.stac import MAX_BYTES, Stac, read_json
 
+# Formats of arrays by the extension of a file or of a folder such as `x.zarr`.
+ARRAYS: dict[str, Callable[[Path, Options], Source]] = {}
 _GEO_TAGS = (33550, 34264, 34735)  # ModelPixelScale, ModelTransformation, GeoKeyDirectory
 _BITS, _PHOTOMETRIC, _RGB = 258, 262, 2
+_LOOKS = 16  # JSON files that are opened to find out whether they are of STAC
 
 
-def open_source(
-    path: Path, *, chip: int | None, stride: int | None, bands: tuple[str, ...] | None, sensor: str | None, level: str | None
-) -> Source:
-    """Zips and folders without GeoTIFFs are images; folders of TIFFs are scenes unless these are plain RGB pictures."""
+def open_source(path: Path, options: Options, recipe: str | None = None) -> Source:
+    """By the named recipe, else by what the files are.
+
+    Products with their own metadata come first (Sentinel-2 `.SAFE`, Landsat, STAC), then formats of arrays, then rasters
+    (GeoTIFF, VRT, ENVI, JPEG 2000, netCDF); what is left, with plain RGB TIFFs, is images. Raises InputError.
+    """
     if not path.exists():
-        raise InputError(f"{path} does not exist; give a folder or a zip of images or of GeoTIFF scenes")
+        raise InputError(f"{path} does not exist; give a folder or a zip of images or of scenes")
+    if recipe is not None:
+        return find(recipe).open(path, options)
+    return _opener(path)(path, options)
+
+
+def _opener(path: Path) -> Callable[[Path, Options], Source]:
+    files = (path,) if path.is_file() else files_below(path).paths
+    safe = path if is_safe(path) else next((p for p in files if safe_root(p, path) or is_safe_zip(p)), None)
+    landsat = next((p for p in files if MTL.search(p.name)), None)
+    if safe and landsat:
+        raise InputError(f"{path} holds .SAFE products ({safe}) and Landsat scenes ({landsat}); give one kind at a time")
+    if safe:
+        return Safe
+    if landsat:
+        return Landsat if path.is_dir() else _refuse_file
+    texts = sorted((p for p in files if p.suffix.lower() in (".json", ".geojson") and not p.name.endswith(METADATA)), key=_depth)
+    if any(p.stat().st_size <= MAX_BYTES and read_json(p) is not None for p in islice(texts, _LOOKS)):
+        return Stac
+    names = {path.resolve().name}.union(*(p.relative_to(path).parts for p in files))
+    arrays = {suffix for name in names if (suffix := Path(name).suffix.lower()) in ARRAYS}
+    if len(arrays) > 1:
+        raise InputError(f"{path} holds {' and '.join(sorted(arrays))} files; give one kind at a time")
+    if arrays:
+        return ARRAYS[arrays.pop()]
     if path.is_file():
-        return Images(path, bands, sensor, level)
-    tiffs = files_below(path).of(*TIFF)
-    if not tiffs or _is_picture(tiffs[0]):
-        return Images(path, bands, sensor, level)
-    return Rasters(path, chip=chip, stride=stride, bands=bands, sensor=sensor, level=level)
+        return Images if path.suffix.lower() not in EXTENSIONS else _refuse_file
+    others = any(p.suffix.lower() in (*EXTENSIONS, ".hdr") and p.suffix.lower() not in TIFF for p in files)
+    tiffs = [p for p in files if p.suffix.lower() in TIFF]
+    return Rasters if others or (tiffs and not _is_picture(tiffs[0])) else Images
+
+
+def _depth(path: Path) -> tuple[int, Path]:
+    return len(path.parts), path
+
+
+def _refuse_file(path: Path, options: Options) -> Source:
+    raise InputError(f"{path} is a single file of a scene; give the folder that it lies in")
 
 
 def _is_picture(path: Path) -> bool:
@@ -38,5 +82,5 @@ def _is_picture(path: Path) -> bool:
             tags.load(file)
             plain = tags.get(_BITS) == (8, 8, 8) and tags.get(_PHOTOMETRIC) == _RGB
             return plain and not any(tag in tags for tag in _GEO_TAGS)
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError):
         return False

@@ -80,7 +80,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """`fingerprint` changes when the files do; `contracts`, by modality, have no statistics yet; `classes` fixes the labels' numbers.
+    """`fingerprint` changes when the files do; `contracts`, by modality, lack statistics; `classes` fixes label numbers.
 
     `notes` are lines that a person must hear: what was guessed, and what was left out.
     """

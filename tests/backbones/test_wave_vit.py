@@ -53,7 +53,7 @@ def test_bands_without_wavelength() -> None:
     assert not torch.allclose(with_radar, backbone(images[:, [0, 2, 1]], Context(wavelength_nm=radar)).pooled, atol=1e-3)
     nothing = backbone(images).pooled
     assert torch.equal(nothing, backbone(images, Context(wavelength_nm=torch.full((3,), math.nan))).pooled)
-    named = small(wavelengths_nm=(490.0, 560.0, 665.0))
+    named = small(wavelength_nm=(490.0, 560.0, 665.0))
     assert torch.equal(named(images).pooled, backbone(images, Context(wavelength_nm=NM[1:4])).pooled)
 
 
@@ -87,6 +87,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), as the configuration says"):
         small()(torch.zeros(1, 7, 32, 32))
     with pytest.raises(ValueError, match="must hold 3, one for each band, not 7"):
-        small(wavelengths_nm=tuple(NM.tolist()))
+        small(wavelength_nm=tuple(NM.tolist()))
     with pytest.raises(ValueError, match=r"must be \(C,\)"):
         small()(torch.zeros(1, 7, 32, 32), Context(wavelength_nm=NM[None]))

@@ -54,7 +54,7 @@ def loaded(bands: InputContract | None = None, *, pool: str = "mean", seed: int 
             "data": {"train": "/data/secret/eurosat/train", "size": 16},
         },
     }
-    return Loaded(backbone, bands, (16, 16), "vit_tiny_patch8", dataclasses.asdict(backbone.config), origin)  # type: ignore[arg-type]
+    return Loaded(backbone, {bands.modality: bands}, (16, 16), "vit_tiny_patch8", dataclasses.asdict(backbone.config), origin)  # type: ignore[arg-type]
 
 
 def save_run(source: Loaded, run: Path) -> Path:
@@ -66,7 +66,7 @@ def save_run(source: Loaded, run: Path) -> Path:
         "samples": 1792,
         "config": {"data": {"size": 16, "train": "/data/secret"}, "backbone": {"name": source.name}, "run": {"dir": str(run)}},
         "backbone": {"name": source.name, "options": source.options},
-        "contract": source.contract.model_dump(mode="json"),
+        "contracts": {name: contract.model_dump(mode="json") for name, contract in source.contracts.items()},
         "versions": {"torch": torch.__version__},
     }
     run.mkdir()

@@ -32,7 +32,7 @@ def mae(fixture: Fixture) -> Results:
         decoder_heads=c["decoder_num_heads"], mlp_ratio=c["mlp_ratio"], normalise_patches=c["norm_pix_loss"],
     )  # fmt: skip
     backbone = ViT(backbone_config)
-    objective = MAE(config, backbone, (side, side), c["in_chans"])
+    objective = MAE(config, backbone, (side, side), {"image": c["in_chans"]})
     load_published(objective, backbone_config, fixture.part("state"))
     images = fixture.tensors["in.x"]
     draw = Replay(mask=fixture.tensors["draw.noise"])

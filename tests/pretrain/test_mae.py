@@ -17,7 +17,7 @@ def model(size: tuple[int, int] = (32, 32), bands: int = 3, **options: object) -
     torch.manual_seed(0)
     backbone = create("vit_tiny_patch8", bands=bands, image_size=32, width=48, depth=2, heads=3)
     task = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2, **options}
-    return build("mae", backbone, size, bands, **task)
+    return build("mae", backbone, size, {"image": bands}, **task)
 
 
 def batch_of(images: Tensor, valid: Tensor | None = None, first: int = 0) -> tuple[Batch, Draw]:
@@ -133,7 +133,7 @@ def test_published_parameter_counts() -> None:
     counts = {"vit_base_patch16": 111_655_680, "vit_large_patch16": 329_239_296, "vit_huge_patch14": 656_613_964}
     for name, expected in counts.items():
         with torch.device("meta"):
-            objective = build("mae", create(name, bands=3), (224, 224), 3)
+            objective = build("mae", create(name, bands=3), (224, 224), {"image": 3})
         assert sum(p.numel() for p in objective.parameters()) == expected
         assert isinstance(objective, MAE)
 
@@ -158,9 +158,9 @@ def test_every_family_trains_or_is_refused(name: str) -> None:
     grid = backbone.grid(side, side)
     if "sparse" not in backbone.traits or grid[0] * grid[1] != 1:
         with pytest.raises(ValueError, match=r"sparse|groups of bands"):
-            build("mae", backbone, (side, side), tiny["bands"], **options)
+            build("mae", backbone, (side, side), {"image": tiny["bands"]}, **options)
         return
-    objective = build("mae", backbone, (side, side), tiny["bands"], **options)
+    objective = build("mae", backbone, (side, side), {"image": tiny["bands"]}, **options)
     outcome = objective(*batch_of(torch.randn(2, tiny["bands"], side, side)))
     (outcome.numerator / outcome.weight).backward()
     grads = [p.grad for p in backbone.parameters() if p.grad is not None]

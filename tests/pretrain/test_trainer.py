@@ -15,8 +15,6 @@ from swath.pretrain.objectives.mae import MAE
 from swath.pretrain.trainer import _Trainer, pretrain
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
-from swath.shards.loader import Loader
-from swath.shards.order import SampleOrder
 from swath.shards.prepare import prepare
 from tests.shard_folders import make_shards
 
@@ -149,11 +147,10 @@ def test_the_gradient_is_of_the_loss_over_the_whole_batch(shards: Path, tmp_path
     recipe = read_recipe(RECIPE, [f"run.dir={tmp_path / 'fresh'}", f"data.train={shards}"], name="test")
     recipe.run.dir.mkdir()
     trainer = _Trainer(recipe)
-    order = SampleOrder(trainer.reader.shard_sizes, seed=0)
-    chips = next(iter(Loader(trainer.reader, order, global_batch=8, micro_batch=8, workers=0))).chips
+    chips = next(trainer.data.batches(global_batch=8, micro_batch=8, step=0, device=torch.device("cpu"))).chips
     draw = Draw(0, chips.id, chips.visit)
     view = augment.view(recipe.data.augment, draw, chips.stored["image"].size)
-    batch = prepare(chips, trainer.reader.contracts, trainer.size, view)
+    batch = prepare(chips, trainer.data.contracts, trainer.size, view)
     outcome = trainer.model(batch, draw)
     (outcome.numerator / outcome.weight).backward()
     for name, parameter in trainer.model.named_parameters():

@@ -19,6 +19,7 @@ from swath.shards.ingest import _bar, shard
 from swath.shards.reader import ShardReader
 from swath.shards.reindex import reindex
 from swath.shards.sources import images as image_source
+from swath.shards.sources.source import Options
 from swath.shards.writer import ShardWriter
 
 
@@ -139,7 +140,7 @@ def test_values_statistics_webdataset_and_reindex(images: Path, tmp_path: Path, 
     for number in range(24):
         source = Image.open(images / reader.meta(number)["source"])
         assert np.array_equal(reader.pixels(number), np.moveaxis(np.asarray(source), 2, 0))
-    assert reader.meta(0)["scale_source"] == "none: values as stored"
+    assert reader.meta(0)["radiometry"]["rgb"]["scale_source"] == "none: values as stored"
     urls = [str(out / s.name) for s in manifest.shards]
     foreign = list(getattr(webdataset, "WebDataset")(urls, shardshuffle=False).decode("pil"))  # noqa: B009 - untyped
     assert [s["__key__"].removeprefix("./") for s in foreign] == [reader.index.key(n) for n in range(24)]
@@ -295,7 +296,8 @@ def test_split_gives_a_folder_each_with_labels_and_blocks(
     with caplog.at_level("INFO"):
         made = shard(images, tmp_path / "out", split=split, progress=False)
     assert {name: m.samples for name, m in made.items()} == {"train": 16, "test": 7}
-    assert "1 chips are not in" in caplog.text
+    assert f"1 chips left out: not in {split} (such as" in caplog.text
+    assert made["test"].source["left_out"] == {f"not in {split}": {"samples": 1, "examples": ["C/im.23"]}}
     test, train = (ShardReader(tmp_path / "out" / name) for name in ("test", "train"))
     assert test.manifest.classes == train.manifest.classes == ("A", "B", "C")
     assert set(test.labels.tolist()) == {2}
@@ -335,7 +337,10 @@ def test_missing_split_file(images: Path, tmp_path: Path):
         shard(images, tmp_path / "out", split=tmp_path / "none.csv", progress=False)
 
 
-@pytest.mark.parametrize("options", [{"chip": 0}, {"stride": -1}, {"max_failed": 2.0}, {"max_nodata": -0.1}])
-def test_numbers_out_of_range(images: Path, tmp_path: Path, options: dict[str, Any]):
-    with pytest.raises(InputError, match=r"must be at least 1|between 0 and 1"):
-        shard(images, tmp_path / "out", **options, progress=False)
+@pytest.mark.parametrize(
+    "given",
+    [{"options": Options(chip=0)}, {"options": Options(stride=-1)}, {"max_failed": 2.0}, {"max_nodata": -0.1}, {"workers": -1}],
+)
+def test_numbers_out_of_range(images: Path, tmp_path: Path, given: dict[str, Any]):
+    with pytest.raises(InputError, match=r"must be at least|between 0 and 1"):
+        shard(images, tmp_path / "out", **given, progress=False)

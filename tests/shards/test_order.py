@@ -1,5 +1,6 @@
 """The sample order (DESIGN §2.3) is one stream: permutations per epoch, and nobody's share of it depends on the cutting."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ from swath.shards.order import SampleOrder, cut
 
 SIZES = [7, 1, 19, 30, 4, 25, 11]  # 97 samples, a prime
 FROZEN = [0, 4, 1, 3, 2, 8, 6, 5, 9, 7, 6, 8, 7, 9, 0, 1, 5, 3, 4, 2]
+AWKWARD = [[1], [37], [197], [1] * 50, [197, 1, 37], [37] * 30, SIZES]
 
 
 def samples(order: SampleOrder, first: int, count: int) -> list[int]:
@@ -106,6 +108,83 @@ def test_seeds_and_epochs_give_different_orders_and_these_never_change():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "options", "first", "digest"),
+    [
+        ([100] * 10, {"seed": 0}, 0, "6aae3fd9fc6191e7"),
+        ([100] * 10, {"seed": 0}, 10**9 + 7, "b3268828d41e40d5"),
+        ([197, 1, 37], {"seed": 7, "window": 16}, 0, "60d67c4fa3a756d1"),
+        ([197, 1, 37], {"seed": 7, "window": 16}, 10**9 + 7, "4b223af52a8de8d3"),
+        ([37] * 30, {"seed": 12345678901, "window": 100, "lanes": 4}, 0, "5e1194e27e0a3e2e"),
+        ([37] * 30, {"seed": 12345678901, "window": 100, "lanes": 4}, 10**9 + 7, "cefa3e3f2fc3a148"),
+        ([1] * 50, {"seed": 3, "window": 7, "lanes": 3}, 0, "0381ed736b9c4cee"),
+    ],
+)
+def test_orders_that_runs_were_trained_with(sizes: list[int], options: dict[str, int], first: int, digest: str):
+    """A changed digest means that no stored run can be continued."""
+    numbers, visits = SampleOrder(sizes, **options).at(first, 3000)
+    raw = numbers.astype("<i8").tobytes() + visits.astype("<i8").tobytes()
+    assert hashlib.sha256(raw).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("shuffle", range(4))
+def test_epochs_are_permutations_for_any_setting(shuffle: int):
+    chance = random.Random(shuffle)
+    for _ in range(60):
+        sizes = chance.choice([*AWKWARD, [chance.choice([1, 2, 37, 197]) for _ in range(chance.randint(1, 9))]])
+        total = sum(sizes)
+        order = SampleOrder(
+            sizes,
+            seed=chance.randrange(1 << 64),
+            window=chance.choice([1, 3, 37, 197, 65536]),
+            lanes=min(total, chance.randint(1, 9)),
+        )
+        epoch = chance.choice([0, 1, 2, 1000, 10**6])
+        numbers, visits = order.at(epoch * total, total)
+        assert np.array_equal(np.sort(numbers), np.arange(total)) and (visits == epoch).all()
+        scattered = np.array([chance.randrange(3 * total) for _ in range(20)])
+        found = order.find(scattered)[0].tolist()
+        assert found == [samples(order, p, 1)[0] for p in scattered.tolist()]
+
+
+@pytest.mark.parametrize("shuffle", range(3))
+def test_a_batch_is_its_positions_lane_by_lane(shuffle: int):
+    chance = random.Random(shuffle)
+    for _ in range(100):
+        order = SampleOrder(chance.choice(AWKWARD), seed=0, window=8)
+        order = SampleOrder(order.sizes.tolist(), seed=0, window=8, lanes=min(order.samples, chance.randint(1, 6)))
+        first, count = chance.randrange(10**6), chance.randint(1, 300)
+        positions = order.batch(first, count)
+        assert sorted(positions.tolist()) == list(range(first, first + count))
+        lanes = positions % order.samples % order.lanes
+        assert (np.diff(lanes) >= 0).all()
+        assert (np.diff(positions)[np.diff(lanes) == 0] > 0).all()
+
+
+@pytest.mark.parametrize(("lanes", "nodes"), [(2, 2), (4, 2), (4, 4), (8, 2)])
+def test_a_node_touches_only_the_shards_of_its_lanes(lanes: int, nodes: int):
+    """In an epoch each node reads its part of the shards, and those at the borders of its lanes."""
+    order = SampleOrder([16] * 64, seed=2, window=64, lanes=lanes)
+    for epoch in range(2):
+        touched: list[set[int]] = [set() for _ in range(nodes)]
+        for first in range(0, 1024, 32):
+            positions = order.batch(epoch * 1024 + first, 32)
+            for node, share in enumerate(np.split(positions, nodes)):
+                touched[node] |= set(order.shards(order.find(share)[0]))
+        assert max(len(t) for t in touched) <= 64 // nodes + lanes // nodes
+        assert len(set.union(*touched)) == 64
+
+
+def test_shards_are_named_in_the_order_of_need():
+    chance = random.Random(0)
+    for sizes in AWKWARD:
+        order = SampleOrder(sizes, seed=1, window=13)
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        for _ in range(20):
+            numbers, _ = order.at(chance.randrange(1000), chance.randint(1, 60))
+            assert order.shards(numbers) == list(dict.fromkeys(owner[numbers].tolist()))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((10, 3, None), "train.global_batch 10 does not divide by world size 3; 9 or 12 would"),
@@ -128,18 +207,17 @@ def test_cut_takes_whatever_divides():
     assert cut(24, 2, None) == (12, 1)
 
 
+@pytest.mark.parametrize(("lanes", "nodes", "fits"), [(6, 4, "1, 4, 8"), (2, 3, "1, 3"), (9, 2, "1, 8, 10")])
+def test_lanes_divide_among_nodes(lanes: int, nodes: int, fits: str):
+    with pytest.raises(InputError, match=f"data.lanes {lanes} does not divide by {nodes} nodes; sizes that fit: {fits}$"):
+        cut(24, 12, None, lanes=lanes, nodes=nodes)
+    assert cut(24, 12, None, lanes=2 * nodes, nodes=nodes) == (2, 1)
+    assert cut(24, 12, None, lanes=1, nodes=nodes) == (2, 1)
+
+
 @pytest.mark.parametrize("options", [{"window": 0}, {"lanes": 0}, {"lanes": 98}])
 def test_impossible_orders(options: dict[str, int]):
     with pytest.raises(InputError, match="must be at least 1"):
         SampleOrder(SIZES, seed=0, **options)
     with pytest.raises(InputError, match="no samples"):
         SampleOrder([], seed=0)
-
-
-def test_a_hundred_million_samples_cost_one_window():
-    order = SampleOrder([10_000] * 10_000, seed=0, window=4096, lanes=4)
-    numbers, visits = order.at(250_000_000, 64)
-    assert len(set(numbers.tolist())) == 64
-    assert numbers.min() >= 0
-    assert numbers.max() < 100_000_000
-    assert (visits == 2).all()

@@ -12,16 +12,19 @@ from swath.shards import packer
 from swath.shards.errors import InputError
 from swath.shards.ingest import shard
 from swath.shards.reader import ShardReader
+from swath.shards.sources.open import open_source
+from swath.shards.sources.source import Options
 from swath.shards.writer import ShardWriter
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.transform import from_origin  # noqa: E402
+from rasterio.warp import transform as warp  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::UserWarning")
 GROUND_M = 1200  # side of a scene
 SENTINEL2 = {"B02": 10, "B01": 60, "B12": 20, "B8A": 20, "B08": 10, "B11": 20}  # written out of order on purpose
 SPECTRAL = ("B01", "B02", "B08", "B8A", "B11", "B12")
-DN = {name: 1000 + 100 * number for number, name in enumerate(SPECTRAL)}
+DN = {name: 300 + 100 * number for number, name in enumerate(SPECTRAL)}
 
 
 def write(path: Path, pixels: np.ndarray, *, names: tuple[str, ...] = (), crs: str | None = "EPSG:32633", **options: Any) -> Path:
@@ -76,9 +79,10 @@ def test_band_files_of_three_grids_become_one_sample_in_spectral_order(tmp_path:
         assert pixels.dtype == np.uint16
         assert [np.unique(band).tolist() for band in pixels] == [[DN[name]] for name in SPECTRAL]
         meta = reader.meta(number)
-        assert meta["scale"] == reader.chips([number]).scale.item() == 1e-4
-        assert meta["scale_source"].startswith("sensor default: sentinel2")
-        assert meta["time"].startswith("201706")
+        told = meta["radiometry"]["sentinel2"]
+        assert told["scale"] == reader.chips([number]).stored["sentinel2"].scale.item() == 1e-4
+        assert told["scale_source"].startswith("sensor default: sentinel2")
+        assert meta["time"] == f"2017-06-{17 + (meta['key'][2] == 'B')}T11:33:21"
         assert (meta["gsd_m"], meta["window"]) == (10, [0, 0, 120, 120])
     np.testing.assert_allclose(contract.normalisation.mean, [DN[name] * 1e-4 for name in SPECTRAL])
     assert contract.normalisation.std == pytest.approx((0,) * 6, abs=1e-12)
@@ -90,7 +94,7 @@ def test_coarse_bands_are_repeated_where_they_lie(tmp_path: Path):
     write(tmp_path / "set" / "S2A_x_B01.tif", coarse)
     fine = np.arange(1, 14401, dtype=np.uint16).reshape(1, 120, 120)
     write(tmp_path / "set" / "S2A_x_B02.tif", fine)
-    shard(tmp_path / "set", tmp_path / "out", chip=32, stride=17, progress=False)
+    shard(tmp_path / "set", tmp_path / "out", options=Options(chip=32, stride=17), progress=False)
     reader, expected = ShardReader(tmp_path / "out"), np.concatenate([coarse.repeat(6, 1).repeat(6, 2), fine])
     assert len(reader) == 36
     for number in range(36):
@@ -100,7 +104,7 @@ def test_coarse_bands_are_repeated_where_they_lie(tmp_path: Path):
 
 def test_place_of_a_chip(tmp_path: Path):
     write(tmp_path / "set" / "S2A_a.tif", noise(2, 40), names=("B02", "B03"))
-    shard(tmp_path / "set", tmp_path / "out", chip=20, progress=False)
+    shard(tmp_path / "set", tmp_path / "out", options=Options(chip=20), progress=False)
     reader = ShardReader(tmp_path / "out")
     meta = next(m for m in map(reader.meta, range(4)) if m["window"] == [20, 0, 20, 20])
     assert meta["bounds"] == [500_000, 4_998_800, 500_600, 4_999_400]
@@ -122,7 +126,7 @@ def test_nodata_becomes_the_valid_member_and_stays_out_of_the_statistics(tmp_pat
     reader = ShardReader(tmp_path / "out")
     valid = reader.valid(0)
     assert valid is not None
-    assert np.array_equal(valid, expected)
+    assert np.array_equal(valid, expected[None])
     assert np.array_equal(reader.pixels(0), pixels)
     clear = pixels[:, expected == 1] * 1e-4
     assert norm.pixels == (clear.shape[1],) * 2
@@ -148,10 +152,15 @@ def test_chips_mostly_nodata_are_left_out(tmp_path: Path):
     pixels = noise(1, 64)
     pixels[:, :, 20:] = 0
     write(tmp_path / "set" / "S2A_a.tif", pixels, names=("B02",))
-    manifest = shard(tmp_path / "set", tmp_path / "out", chip=32, progress=False)[""]
-    assert (manifest.samples, manifest.source["left_out_nodata"]) == (2, 2)
+    manifest = shard(tmp_path / "set", tmp_path / "out", options=Options(chip=32), progress=False)[""]
+    assert (manifest.samples, [entry["samples"] for entry in manifest.source["left_out"].values()]) == (2, [2])
     write(tmp_path / "none" / "S2A_a.tif", pixels * 0, names=("B02",))
-    refused(tmp_path / "none", tmp_path / "left", "no samples are left: 4 are mostly nodata", chip=32)
+    refused(
+        tmp_path / "none",
+        tmp_path / "left",
+        "no samples are left: .*4 chips left out: more than 50% nodata",
+        options=Options(chip=32),
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,7 @@ def test_land_cover_gives_labels(tmp_path: Path, tag: str):
     cover[0, :32, 32:40] = 2  # a quarter of the next
     cover[0, 32:, :32] = np.arange(1024).reshape(32, 32) % 3  # no class has half
     write(tmp_path / "set" / "S2A_a_landcover.tif", cover, tags={"CLASSES": tag})
-    manifest = shard(tmp_path / "set", tmp_path / "out", chip=32, progress=False)[""]
+    manifest = shard(tmp_path / "set", tmp_path / "out", options=Options(chip=32), progress=False)[""]
     assert manifest.classes == ("water", "dry land")
     reader = ShardReader(tmp_path / "out")
     found = {tuple(m["window"][:2]): (m["label"], m["landcover_share"]) for m in map(reader.meta, range(4))}
@@ -206,22 +215,123 @@ def test_labels_metadata_is_kept(tmp_path: Path):
     (tmp_path / "set" / "S2A_p" / "S2A_p_labels_metadata.json").write_text(json.dumps(notes))
     shard(tmp_path / "set", tmp_path / "out", progress=False)
     meta = ShardReader(tmp_path / "out").meta(0)
-    assert (meta["labels"], meta["time"]) == (["Pastures", "Sea"], "2017-06-17 11:33:21")
+    assert (meta["labels"], meta["time"]) == (["Pastures", "Sea"], "2017-06-17T11:33:21")
 
 
-def test_other_modalities_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_change_maps_and_pictures_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write(tmp_path / "set" / "S2A_a.tif", noise(1), names=("B02",))
-    write(tmp_path / "set" / "S2A_a_sar.tif", noise(2, dtype=np.float32), names=("VV", "VH"))
     write(tmp_path / "set" / "S2A_a_change.tif", np.ones((1, 32, 32), np.uint8))
     (tmp_path / "set" / "preview.jpg").write_bytes(b"")
     with caplog.at_level("INFO"):
         manifest = shard(tmp_path / "set", tmp_path / "out", progress=False)[""]
     assert manifest.contract().names == ("B02",)
-    for line in ("1 SAR raster (*_sar.tif) left out", "1 change raster (*_change.tif) left out", "1 JPEG or PNG files left out"):
+    for line in ("1 change raster (*_change.tif) left out", "1 JPEG or PNG files left out"):
         assert line in caplog.text
-    assert len(manifest.source["notes"]) == 4  # and the customary scale
-    write(tmp_path / "sar" / "S1A_a_sar.tif", noise(2, dtype=np.float32), names=("VV", "VH"))
+    assert len(manifest.source["notes"]) == 3  # and the customary scale
+    write(tmp_path / "sar" / "S1A_a_sar.tif", -noise(2, dtype=np.float32) / 200, names=("VV", "VH"))
     assert shard(tmp_path / "sar", tmp_path / "sar_out", progress=False)[""].contract().sensor == "sentinel1"
+
+
+def test_radar_beside_a_scene_is_a_second_modality_of_its_samples(tmp_path: Path):
+    """On the scene's grid, with its own nodata; a scene without it gives samples without that part."""
+    for name in ("a", "b"):
+        write(tmp_path / "set" / f"S2A_{name}.tif", noise(1, 32), names=("B02",))
+    radar = np.random.default_rng(0).normal(-12, 3, (2, 16, 16)).astype(np.float32)
+    radar[:, 0, 0] = np.nan
+    write(tmp_path / "set" / "S2A_a_sar.tif", radar, names=("VV", "VH"), nodata=np.nan)
+    source = open_source(tmp_path / "set", Options(chip=16))
+    assert list(source.contracts) == ["sentinel2", "sentinel1"]
+    assert (source.contracts["sentinel1"].unit, source.contracts["sentinel1"].gsd_m) == ("dB", 37.5)
+    repeated = radar.repeat(2, 1).repeat(2, 2)
+    for item in source.items:
+        parts = source.read(item).parts
+        if item.key.startswith("S2A_b"):
+            assert list(parts) == ["sentinel2"]
+            continue
+        _, top, left, height, width = item.place
+        assert np.array_equal(parts["sentinel1"].pixels, repeated[:, top : top + height, left : left + width], equal_nan=True)
+        assert parts["sentinel2"].valid is None
+        assert (parts["sentinel1"].valid is None) == ((top, left) != (0, 0))
+    write(tmp_path / "set" / "S2A_b_sar.tif", radar, names=("VV", "VH"), crs=None)
+    with pytest.raises(InputError, match=r"S2A_b_sar.tif does not cover the same ground"):
+        open_source(tmp_path / "set", Options())
+
+
+def test_another_pixel_size_on_request(tmp_path: Path):
+    """Averages of valid pixels only, masks by nearest neighbour, and the contract says it."""
+    fine = np.arange(1, 1601, dtype=np.uint16).reshape(1, 40, 40)
+    fine[0, :2, :2], fine[0, 2, 0] = 0, 0
+    write(tmp_path / "set" / "S2A_x_B02.tif", fine)
+    write(tmp_path / "set" / "S2A_x_B11.tif", np.full((1, 20, 20), 7, np.uint16))
+    write(tmp_path / "set" / "S2A_x_valid.tif", np.repeat([[[1, 2]]], 20, 1).repeat(10, 2).astype(np.uint8))
+    source = open_source(tmp_path / "set", Options(gsd_m=60, resampling="average"))
+    contract = source.contracts["sentinel2"]
+    assert (contract.gsd_m, contract.resampling, [b.gsd_m for b in contract.bands]) == (60, "average to 60 m", [60, 60])
+    (item,) = source.items
+    sample = source.read(item)
+    part, bounds = sample.parts["sentinel2"], sample.meta["bounds"]
+    assert bounds == [500_000, 4_998_800, 501_200, 5_000_000]
+    blocks = fine[0].reshape(20, 2, 20, 2).astype(float)
+    mean = blocks.sum((1, 3)) / np.maximum((blocks > 0).sum((1, 3)), 1)
+    assert np.abs(part.pixels[0] - mean).max() <= 0.5  # stored as integers
+    assert (part.pixels[1] == 7).all()
+    assert part.valid is not None
+    assert part.valid[0, 0] == 0
+    assert (part.valid[1:, :10] == 1).all()
+    assert (part.valid[:, 10:] == 2).all()
+    coarse = open_source(tmp_path / "set", Options(resampling="bilinear")).contracts["sentinel2"]
+    assert (coarse.gsd_m, coarse.resampling) == (30, "bilinear to the finest grid")
+    with pytest.raises(InputError, match="--resampling 'guess' is not one of nearest, bilinear"):
+        open_source(tmp_path / "set", Options(resampling="guess"))
+    with pytest.raises(InputError, match="smaller than one pixel"):
+        open_source(tmp_path / "set", Options(gsd_m=5000))
+
+
+def test_chips_of_a_resampled_scene_are_windows_of_one_raster(tmp_path: Path):
+    """No seams: what a kernel sees does not end where a chip does."""
+    write(tmp_path / "set" / "S2A_x.tif", noise(2, 60), names=("B02", "B03"))
+    whole = open_source(tmp_path / "set", Options(gsd_m=13, resampling="cubic"))
+    (item,) = whole.items
+    pixels = whole.read(item).parts["sentinel2"].pixels
+    assert pixels.shape == (2, 92, 92)
+    cut = open_source(tmp_path / "set", Options(chip=23, gsd_m=13, resampling="cubic"))
+    assert len(cut.items) == 16
+    for item in cut.items:
+        _, top, left, height, width = item.place
+        assert np.array_equal(cut.read(item).parts["sentinel2"].pixels, pixels[:, top : top + height, left : left + width])
+
+
+def test_place_and_time_are_known_before_decoding(tmp_path: Path):
+    write(tmp_path / "set" / "S2A_20170617T113321.tif", noise(1, 40), names=("B02",))
+    write(tmp_path / "set" / "S2A_plain.tif", noise(1, 40), names=("B02",), crs=None)
+    source = open_source(tmp_path / "set", Options(chip=20))
+    for item in source.items[:4]:
+        meta = source.read(item).meta
+        west, south, east, north = meta["bounds"]
+        (lon,), (lat,) = warp("EPSG:32633", "EPSG:4326", [(west + east) / 2], [(south + north) / 2])[:2]
+        assert (item.lat, item.lon, item.time) == (pytest.approx(lat), pytest.approx(lon), "2017-06-17T11:33:21")
+        assert (meta["lat"], meta["lon"]) == (item.lat, item.lon)
+    assert {(item.lat, item.lon, item.time) for item in source.items[4:]} == {(None, None, None)}
+
+
+def test_sensors_in_one_folder_are_told_apart(tmp_path: Path):
+    write(tmp_path / "set" / "S2A_a.tif", noise(1), names=("B2",))
+    write(tmp_path / "set" / "LC08_a.tif", noise(1), names=("B2",))
+    refused(tmp_path / "set", tmp_path / "out", "LC08_a is of landsat8, S2A_a of sentinel2; make shards from one kind")
+    write(tmp_path / "raw" / "s1a-iw-grd-vv-20200101t000000-20200101t000025-1-1-001.tiff", noise(1))
+    refused(tmp_path / "raw", tmp_path / "out", "raw Sentinel-1 product.* calibrate and terrain-correct it first")
+
+
+def test_a_person_says_what_the_numbers_mean(tmp_path: Path):
+    pixels = noise(1)
+    pixels[0, 0, 0] = 9
+    write(tmp_path / "set" / "S2A_a.tif", pixels, names=("B02",))
+    source = open_source(tmp_path / "set", Options(scale=1e-3, add=-0.5, nodata=9, unit="radiance"))
+    part = source.read(source.items[0]).parts["sentinel2"]
+    assert (part.scale, part.add, source.contracts["sentinel2"].unit) == (1e-3, -0.5, "radiance")
+    assert "--scale" in part.scale_source
+    assert part.valid is not None
+    assert part.valid[0, 0] == 0
 
 
 @pytest.mark.parametrize(
@@ -239,12 +349,14 @@ def test_who_says_what_the_numbers_mean(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, options: dict[str, Any], scale: float, add: float, source: str
 ):
     raw = options.pop("raw", "")
-    write(tmp_path / "set" / f"{name}_B2{raw}.tif", noise(1), **options)
+    write(
+        tmp_path / "set" / f"{name}_B2{raw}.tif", noise(1) + np.uint16(-10000 * add * 1e-4 / scale if add else 0), **options
+    )  # as an offset of -0.1 has it
     with caplog.at_level("INFO"):
         shard(tmp_path / "set", tmp_path / "out", progress=False)
-    meta = ShardReader(tmp_path / "out").meta(0)
-    assert (meta["scale"], meta["add"]) == pytest.approx((scale, add))
-    assert source in meta["scale_source"]
+    (told,) = ShardReader(tmp_path / "out").meta(0)["radiometry"].values()
+    assert (told["scale"], told["add"]) == pytest.approx((scale, add))
+    assert source in told["scale_source"]
     assert ("guessed from the file name" in caplog.text) == bool(raw)
 
 
@@ -299,10 +411,9 @@ def test_bands_of_one_patch_that_do_not_go_together(tmp_path: Path):
 def test_band_names_can_be_given(tmp_path: Path):
     write(tmp_path / "set" / "anything.tif", noise(2))
     refused(tmp_path / "set", tmp_path / "out", "without names; give --bands with 2 names")
-    refused(tmp_path / "set", tmp_path / "out", "has 2 bands, --bands names 1", bands=["near"])
-    contract = shard(tmp_path / "set", tmp_path / "out", bands=["near", "far"], level="L3", sensor="camera", progress=False)[
-        ""
-    ].contract()
+    refused(tmp_path / "set", tmp_path / "out", "has 2 bands, --bands names 1", options=Options(bands=("near",)))
+    options = Options(bands=("near", "far"), level="L3", sensor="camera")
+    contract = shard(tmp_path / "set", tmp_path / "out", options=options, progress=False)[""].contract()
     assert (contract.names, contract.sensor, contract.level) == (("near", "far"), "camera", "L3")
 
 
@@ -383,7 +494,7 @@ def test_killed_ingest_of_scenes_continues_to_the_same_bytes(tmp_path: Path, mon
     for number in range(2):
         write(tmp_path / "set" / f"S2A_{number}.tif", noise(2, 64, seed=number), names=("B02", "B03"))
     monkeypatch.setattr(packer, "MAX_SAMPLES", 5)
-    shard(tmp_path / "set", tmp_path / "whole", chip=16, progress=False)
+    shard(tmp_path / "set", tmp_path / "whole", options=Options(chip=16), progress=False)
     add, count = ShardWriter.add, []
 
     def interrupted(*given: Any) -> None:
@@ -394,8 +505,8 @@ def test_killed_ingest_of_scenes_continues_to_the_same_bytes(tmp_path: Path, mon
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(ShardWriter, "add", interrupted)
-        shard(tmp_path / "set", tmp_path / "out", chip=16, progress=False)
-    shard(tmp_path / "set", tmp_path / "out", chip=16, progress=False)
+        shard(tmp_path / "set", tmp_path / "out", options=Options(chip=16), progress=False)
+    shard(tmp_path / "set", tmp_path / "out", options=Options(chip=16), progress=False)
     whole, out = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "out"))
     assert whole == out
     assert len(whole) == 7 + 3

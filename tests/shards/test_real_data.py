@@ -18,6 +18,7 @@ from swath.shards.loader import Loader
 from swath.shards.order import SampleOrder
 from swath.shards.prepare import prepare
 from swath.shards.reader import ShardReader
+from swath.shards.sources.source import Options
 
 DATA = Path(os.environ.get("SWATH_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::UserWarning")

@@ -1,0 +1,88 @@
+"""What a run trains on: its data sets, the input contract of each modality, and the stream of global batches (DESIGN §2.3)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from swath.pretrain import config
+from swath.shards.bands import InputContract
+from swath.shards.errors import InputError
+from swath.shards.loader import Loader, MicroBatch
+from swath.shards.mixture import Mixture
+from swath.shards.order import SampleOrder
+from swath.shards.reader import VALID_CLEAR, VALID_CLOUD, VALID_SHADOW, Chips, ShardReader
+
+
+class Data:
+    """The data sets of `recipe.data`. A modality has one contract in a run: that of the first data set that has it.
+
+    `clear` are the validity codes that count as seen. Raises InputError where two data sets give a modality other bands.
+    """
+
+    def __init__(self, data: config.Data, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.readers = [self._open(one.path) for one in data.train]
+        self.held_out = [self._open(path) for path in data.val] or self.readers
+        self.contracts: dict[str, InputContract] = {}
+        for reader in (*self.readers, *self.held_out):
+            for name, contract in reader.contracts.items():
+                known = self.contracts.setdefault(name, contract)
+                ours, remedy = self.data.train[0].path, "data sets of the same bands, or another name for this modality"
+                known.require(contract, ours=ours, theirs=str(reader.folder), remedy=remedy)
+        if new := self.contracts.keys() - {name for reader in self.readers for name in reader.contracts}:
+            raise InputError(f"data.val has modality {', '.join(sorted(new))}, which data.train has not; leave it out")
+        self.clear = (VALID_CLEAR, VALID_CLOUD, VALID_SHADOW) if data.clouds else (VALID_CLEAR,)
+        self.samples = sum(len(reader) for reader in self.readers)
+
+    def _open(self, path: str) -> ShardReader:
+        return ShardReader(path, self.data.modalities)
+
+    @property
+    def contract(self) -> InputContract:
+        """Of the first modality: what pictures and rehearsals use."""
+        return next(iter(self.contracts.values()))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) that the backbone sees; InputError where neither recipe nor chips have one."""
+        if self.data.size is not None:
+            return self.data.size, self.data.size
+        sizes = {(contract.height, contract.width) for contract in self.contracts.values()}
+        height, width = sizes.pop()
+        if sizes or height is None or width is None:
+            raise InputError("the chips have several sizes; say which to train at: data.size=…")
+        return height, width
+
+    @property
+    def shards(self) -> list[list[Any]]:
+        """What the order rests on: each shard's data set, name, samples and checksum."""
+        return [
+            [number, shard.name, shard.samples, shard.sha256]
+            for number, reader in enumerate(self.readers)
+            for shard in reader.manifest.shards
+        ]
+
+    def stream(self) -> Mixture:
+        orders = [
+            SampleOrder(reader.shard_sizes, seed=self.seed, window=self.data.window, lanes=self.data.lanes)
+            for reader in self.readers
+        ]
+        weights = [one.weight for one in self.data.train]
+        if all(weight is None for weight in weights):
+            return Mixture(orders)
+        if any(weight is None for weight in weights):
+            raise InputError("data.train: either all data sets have a weight, or none has")
+        return Mixture(orders, [weight for weight in weights if weight is not None])
+
+    def batches(self, *, global_batch: int, micro_batch: int, step: int, device: torch.device) -> Iterator[MicroBatch]:
+        """Micro-batches from global batch `step` on, for ever; closing it ends its threads."""
+        loader = Loader(
+            self.readers, self.stream(), global_batch=global_batch, micro_batch=micro_batch, step=step,
+            workers=self.data.workers, pin=device.type == "cuda",
+        )  # fmt: skip
+        return iter(loader)
+
+    def contracts_of(self, chips: Chips) -> dict[str, InputContract]:
+        """Of the modalities that a batch has."""
+        return {name: self.contracts[name] for name in chips.stored}
