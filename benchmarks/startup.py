@@ -6,8 +6,8 @@ The data set is made up. Its manifest is whole; index and keys are filled in whe
 them; at 100 million the files are sparse, with whole windows filled), and every shard is a link to one tar with one chip of
 64×64×3, so that batches are really read, checked and decoded. Every measurement is a process of its own, files in the system's
 cache. Time runs from opening the reader to the first batch in hand, imports excluded. Memory is Private_Clean + Private_Dirty of
-/proc/self/smaps_rollup beyond what it was after the imports. Pages of the index that a single process has mapped count there, to
-the last of their folio of up to 2 MB; between the ranks of a node they are shared, and the system takes them back when it must.
+/proc/self/smaps_rollup beyond what it was after the imports. Pages of the index that a single process has mapped count, also
+those that the system mapped around them; between the ranks of a node they are shared, and it takes them back when it must.
 `MB_peak` is the most there was while the rows of 2^20 samples, 16 windows, were looked at, without their chips.
 """
 

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import swath
 from swath.shards.bands import Unit
@@ -26,7 +26,9 @@ def _scenes(args: argparse.Namespace) -> int:
 
 
 def _shard(args: argparse.Namespace) -> int:
-    from swath.shards.ingest import shard
+    from swath.shards.estimate import estimate
+    from swath.shards.ingest import Blocks, shard
+    from swath.shards.selection import Selection
     from swath.shards.sources.source import Options
 
     bands = tuple(args.bands.split(",")) if args.bands else None
@@ -34,14 +36,33 @@ def _shard(args: argparse.Namespace) -> int:
         chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor, level=args.level, unit=args.unit, scale=args.scale,
         add=args.add, nodata=args.nodata, gsd_m=args.gsd, resampling=args.resampling,
     )  # fmt: skip
-    made = shard(
-        args.source, args.out, options=options, recipe=args.recipe, split=args.split,
-        max_failed=args.max_failed, max_nodata=args.max_nodata,
+    selection = Selection(
+        aoi=args.aoi, dates=args.dates, max_cloud=args.max_cloud, thin_km=args.thin, sample=args.sample, stratify=args.stratify,
+        drop_duplicates=args.drop_duplicates,
     )  # fmt: skip
+    given: dict[str, Any] = {
+        "options": options, "recipe": args.recipe, "split": args.split, "selection": selection,
+        "max_failed": args.max_failed, "max_nodata": args.max_nodata, "workers": args.workers,
+    }  # fmt: skip
+    if args.split_blocks is not None:
+        given["split"] = Blocks(args.split_blocks, args.block_km, args.buffer_km)
+    if args.dry_run:
+        print(estimate(args.source, **given))
+        return 0
+    made = shard(args.source, args.out, implausible_ok=args.implausible_ok, **given)
     for name, manifest in made.items():
         skipped = f", {len(manifest.skipped)} not decodable (listed in manifest.json)" if manifest.skipped else ""
         print(f"{args.out / name}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")
     return 0
+
+
+def _fractions(text: str) -> dict[str, float]:
+    """`train=0.8,test=0.2` as argparse reads it."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    made = {name.strip(): float(share) for name, _, share in pairs}
+    if len(made) < len(pairs):
+        raise ValueError(text)
+    return made
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -112,6 +133,11 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="swath", description=swath.__doc__)
     parser.add_argument("--version", action="version", version=f"swath {swath.__version__}")
@@ -131,7 +157,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help="folder or zip")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--recipe", help="a published data set's layout (see swath recipes)")
-    p.add_argument("--split", type=Path, help="CSV with columns file,class,split")
+    p.add_argument("--workers", type=int, default=_cores(), help="processes that decode (one per core)")
+    p.add_argument("--dry-run", action="store_true", help="say how many chips, bytes and hours, and write nothing")
+    s = p.add_mutually_exclusive_group()
+    s.add_argument("--split", type=Path, help="CSV with columns file,class,split")
+    s.add_argument("--split-blocks", type=_fractions, metavar="NAME=SHARE,…", help="splits by spatial block: train=0.8,test=0.2")
+    p.add_argument("--block-km", type=float, default=50.0, help="side of a block (50)")
+    p.add_argument("--buffer-km", type=float, default=0.0, help="distance that splits by block keep (0)")
+    p.add_argument("--aoi", help="GeoJSON file of polygons, or west,south,east,north: where chips must lie")
+    p.add_argument("--dates", help="2019-01-01..2019-12-31, or months or years; either end may be left out")
+    p.add_argument("--max-cloud", type=float, default=1.0, help="share of cloud above which a chip is left out (1)")
+    p.add_argument("--thin", type=float, metavar="KM", help="at most one chip in each cell of so many km")
+    p.add_argument("--sample", type=int, metavar="N", help="take N chips, always the same ones")
+    p.add_argument("--stratify", choices=["class", "place", "time"], help="the same number of each, for --sample")
+    p.add_argument("--drop-duplicates", action="store_true", help="leave out chips with the same pixels as one before")
+    p.add_argument("--implausible-ok", action="store_true", help="go on where numbers cannot be what they are said to be")
     p.add_argument("--chip", type=int, help="pixels on each side (64, or whole files where all are small)")
     p.add_argument("--stride", type=int, help="pixels between chips (the chip's size)")
     p.add_argument("--bands", help="band names in file order, separated by commas, where the files do not name them")

@@ -76,6 +76,7 @@ def _summary(run: Path, metrics: list[dict[str, Any]], health: list[dict[str, An
         ("share of time waiting for data", sum(r["data_wait"] * r["seconds"] for r in metrics) / seconds),
         ("share of the machine's measured peak (MFU)", last["mfu"]),
         ("steps skipped as not finite", sum(row["skipped"] for row in metrics)),
+        ("damaged samples gone past", max(row["damaged_samples"] for row in metrics)),
     ]
     if health and health[-1]["loss"] is not None:
         on = "held-out" if health[-1]["held_out"] else "fixed training"

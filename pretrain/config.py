@@ -42,7 +42,8 @@ class DataSet(Section):
 class Data(Section):
     """Shards, and the order in which they are read. `train` is a folder (or s3://, gs://, https:// address) of shards, or a
     list of {path, weight}; `val` one or several. `modalities` of the samples, all by default. `size` is what the backbone sees;
-    the chips' own when null. With `clouds` the pixels under clouds and shadows count too.
+    the chips' own when null. With `clouds` the pixels under clouds and shadows count too. So many different damaged samples
+    as `skip_damaged` are gone past. Remote shards are kept in `cache_dir`, up to `cache_gb`.
     """
 
     train: tuple[DataSet, ...] = Field(min_length=1)
@@ -53,6 +54,9 @@ class Data(Section):
     window: int = Field(default=65536, ge=1)
     lanes: int = Field(default=1, ge=1)
     workers: int = Field(default=1, ge=0)
+    skip_damaged: int = Field(default=0, ge=0)
+    cache_dir: Path | None = None
+    cache_gb: float | None = Field(default=None, gt=0)
     augment: Augment = Augment()
 
     @field_validator("train", mode="before")
@@ -118,7 +122,10 @@ class Recipe(Section):
 
 
 # What may differ when a run is continued (DESIGN §2.8); anything else would make it another run.
-MAY_CHANGE = ("train.epochs", "train.max_steps", "train.micro_batch", "checkpoint.")
+MAY_CHANGE = (
+    "train.epochs", "train.max_steps", "train.micro_batch", "checkpoint.",
+    "data.workers", "data.skip_damaged", "data.cache_dir", "data.cache_gb",
+)  # fmt: skip
 
 
 def read_recipe(text: str, overrides: list[str], *, name: str) -> Recipe:

@@ -7,11 +7,14 @@ import torch
 
 from swath.pretrain import config
 from swath.shards.bands import InputContract
+from swath.shards.cache import CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.loader import Loader, MicroBatch
 from swath.shards.mixture import Mixture
 from swath.shards.order import SampleOrder
 from swath.shards.reader import VALID_CLEAR, VALID_CLOUD, VALID_SHADOW, Chips, ShardReader
+from swath.shards.remote import is_remote
+from swath.shards.skips import Skips
 
 
 class Data:
@@ -22,6 +25,7 @@ class Data:
 
     def __init__(self, data: config.Data, seed: int) -> None:
         self.data, self.seed = data, seed
+        self.skips = Skips(data.skip_damaged)
         self.readers = [self._open(one.path) for one in data.train]
         self.held_out = [self._open(path) for path in data.val] or self.readers
         self.contracts: dict[str, InputContract] = {}
@@ -29,14 +33,18 @@ class Data:
             for name, contract in reader.contracts.items():
                 known = self.contracts.setdefault(name, contract)
                 ours, remedy = self.data.train[0].path, "data sets of the same bands, or another name for this modality"
-                known.require(contract, ours=ours, theirs=str(reader.folder), remedy=remedy)
+                known.require(contract, ours=ours, theirs=str(reader.place), remedy=remedy)
         if new := self.contracts.keys() - {name for reader in self.readers for name in reader.contracts}:
             raise InputError(f"data.val has modality {', '.join(sorted(new))}, which data.train has not; leave it out")
         self.clear = (VALID_CLEAR, VALID_CLOUD, VALID_SHADOW) if data.clouds else (VALID_CLEAR,)
         self.samples = sum(len(reader) for reader in self.readers)
 
     def _open(self, path: str) -> ShardReader:
-        return ShardReader(path, self.data.modalities)
+        limit = None if self.data.cache_gb is None else int(self.data.cache_gb * 1e9)
+        return ShardReader(
+            path, self.data.modalities, cache=CacheOptions(self.data.cache_dir, limit),
+            skips=self.skips if self.skips.limit else None,
+        )  # fmt: skip
 
     @property
     def contract(self) -> InputContract:
@@ -77,11 +85,22 @@ class Data:
 
     def batches(self, *, global_batch: int, micro_batch: int, step: int, device: torch.device) -> Iterator[MicroBatch]:
         """Micro-batches from global batch `step` on, for ever; closing it ends its threads."""
+        remote = any(is_remote(one.path) for one in self.data.train)
         loader = Loader(
             self.readers, self.stream(), global_batch=global_batch, micro_batch=micro_batch, step=step,
             workers=self.data.workers, pin=device.type == "cuda",
+            # shards of the next window are fetched while this one is trained on
+            upcoming=self._prefetch if remote else None, ahead=-(-self.data.window // global_batch),
         )  # fmt: skip
         return iter(loader)
+
+    def _prefetch(self, source: int, names: list[str]) -> None:
+        self.readers[source].prefetch(names)
+
+    def close(self) -> None:
+        """End downloads that go on in the background."""
+        for reader in {*self.readers, *self.held_out}:
+            reader.close()
 
     def contracts_of(self, chips: Chips) -> dict[str, InputContract]:
         """Of the modalities that a batch has."""

@@ -214,6 +214,7 @@ class _Trainer:
                 self._steps(record)
         finally:
             record.close()
+            self.data.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return Result(self.run, self.step, self.total, self.stopped)
@@ -329,6 +330,7 @@ class _Trainer:
             "data_wait": row["waited"] / row["seconds"],
             "mfu": speed * self.chosen["flops_per_sample"] / self.chosen["peak_flops"],
             "skipped": skipped,
+            "damaged_samples": len(self.data.skips),
         }
         record.step(line)
         if not skipped or empty:

@@ -7,12 +7,14 @@ million samples.
 
 import struct
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
 from swath.shards.errors import InputError
 from swath.shards.files import write_bytes
+from swath.shards.manifest import FileState
 
 NAME, KEYS = "index.bin", "keys.bin"
 _MAGIC = b"SWATHIX2"
@@ -53,10 +55,13 @@ class Index:
         start = int(row["key_start"])
         return bytes(self.keys[start : start + int(row["key_length"])]).decode()
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> dict[str, FileState]:
+        """Both files; returns what the manifest says of them."""
         header = _HEADER.pack(_MAGIC, len(self.samples), self.members.shape[1])
-        write_bytes(folder / KEYS, self.keys.tobytes())
-        write_bytes(folder / NAME, header + self.samples.tobytes() + self.members.tobytes())
+        made = {KEYS: self.keys.tobytes(), NAME: header + self.samples.tobytes() + self.members.tobytes()}
+        for name, data in made.items():
+            write_bytes(folder / name, data)
+        return {name: FileState(bytes=len(data), sha256=sha256(data).hexdigest()) for name, data in made.items()}
 
 
 def columns_of(modalities: list[str]) -> tuple[str, ...]:
@@ -64,21 +69,21 @@ def columns_of(modalities: list[str]) -> tuple[str, ...]:
     return (*modalities, *(name + VALID for name in modalities), "json")
 
 
-def open_index(folder: Path, columns: tuple[str, ...]) -> Index:
-    """Memory-map the index of `folder`; InputError if it is missing, cut short or of another shape."""
-    remedy = f"`swath index {folder}` rebuilds it from the shards"
+def open_index(index: Path, keys_blob: Path, columns: tuple[str, ...], place: str) -> Index:
+    """Memory-map the two files, the index of `place`; InputError if one is missing, cut short or of another shape."""
+    remedy = f"`swath index {place}` rebuilds it from the shards"
     try:
-        raw = np.memmap(folder / NAME, dtype=np.uint8, mode="r")
-        keys = np.memmap(folder / KEYS, dtype=np.uint8, mode="r")
+        raw = np.memmap(index, dtype=np.uint8, mode="r")
+        keys = np.memmap(keys_blob, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise InputError(f"the index of {folder} cannot be opened ({error}); {remedy}") from None
+        raise InputError(f"the index of {place} cannot be opened ({error}); {remedy}") from None
     if len(raw) < _HEADER.size:
-        raise InputError(f"{folder / NAME} is cut short; {remedy}")
+        raise InputError(f"{place}/{NAME} is cut short; {remedy}")
     magic, count, width = _HEADER.unpack(raw[: _HEADER.size].tobytes())
     middle = _HEADER.size + count * SAMPLE.itemsize
     end = middle + count * width * MEMBER.itemsize
     if magic != _MAGIC or width != len(columns) or len(raw) != end:
-        raise InputError(f"{folder / NAME} is damaged or does not belong to its manifest; {remedy}")
+        raise InputError(f"{place}/{NAME} is damaged or does not belong to its manifest; {remedy}")
     samples = raw[_HEADER.size : middle].view(SAMPLE)
     members = raw[middle:end].view(MEMBER).reshape(count, width)
     return Index(samples, members, keys, columns)

@@ -177,8 +177,9 @@ def shard(
         for name, manifest in manifests.items():
             rows = Rows.join(made[name].rows)
             columns = columns_of(list(opened.contracts))
-            Index(rows.samples, rows.members, np.frombuffer(rows.keys, np.uint8), columns).write(unfinished / name)
-            manifest.write(unfinished / name)
+            index = Index(rows.samples, rows.members, np.frombuffer(rows.keys, np.uint8), columns)
+            manifests[name] = manifest.model_copy(update={"files": index.write(unfinished / name)})
+            manifests[name].write(unfinished / name)
         shutil.rmtree(unfinished / FOLDER)
         if out.exists():
             out.rmdir()  # `_finished` has seen that it is empty

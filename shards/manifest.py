@@ -27,6 +27,13 @@ class Shard(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class FileState(Strict):
+    """Bytes and SHA-256 in hex of the index's files, so that a copy of them can be checked."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class BandStatistics(Strict):
     """Of one modality, a value per band each: `percentiles` by number ("50" is the median; the contract's unit, off by at most
     0.4 %, None for a band without values), `nodata_share` of all its pixels."""
@@ -45,6 +52,7 @@ class Manifest(Strict):
     statistics: dict[str, BandStatistics] = Field(default_factory=dict)
     classes: tuple[str, ...] = ()
     shards: tuple[Shard, ...]
+    files: dict[str, FileState] = Field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
     plan: str = ""
     made_by: str = ""
@@ -66,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`; InputError where there is none or it is not understood."""
     path = folder / NAME
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         hint = ""
         inside = sorted(p.parent.name for p in folder.glob(f"*/{NAME}")) if folder.is_dir() else []
@@ -75,12 +83,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder} is not a folder of shards (no {NAME}){hint or '; `swath shard` makes one'}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ManifestDamaged(f"{path} is damaged ({error}); `swath index {folder}` makes one from the shards alone") from None
+    return parse_manifest(data, str(folder))
+
+
+def parse_manifest(data: bytes, place: str) -> Manifest:
+    """The manifest of `place` from its bytes; ManifestDamaged where they are none."""
+    path, remedy = f"{place}/{NAME}", f"`swath index {place}` makes one from the shards alone"
     try:
-        value = json.loads(text)
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise ManifestDamaged(f"{path} is damaged ({error}); `swath index {folder}` makes one from the shards alone") from None
+        raise ManifestDamaged(f"{path} is damaged ({error}); {remedy}") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version != SCHEMA_VERSION:
         raise InputError(f"{path} has schema version {version}, this swath reads {SCHEMA_VERSION}; use the swath that made it")
@@ -89,4 +101,4 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(p) for p in first['loc']) or 'all of it'}: {first['msg']}"
-        raise ManifestDamaged(f"{path} is damaged ({what}); `swath index {folder}` makes one from the shards alone") from None
+        raise ManifestDamaged(f"{path} is damaged ({what}); {remedy}") from None

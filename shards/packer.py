@@ -19,6 +19,7 @@ from swath.shards.writer import Rows, ShardWriter
 
 MAX_SAMPLES = 4096  # in one shard, so that small data sets have several to shuffle
 _CHUNK, _CHUNKS, _VALUES = 32, 64, 1 << 22  # jobs in a chunk, at most; chunks in a split, at least; pixel values in a chunk
+_ENOUGH = 256  # samples from which it is seen early that numbers are not what they are said to be
 _SIDE = 128  # px of a chip whose size is not known beforehand
 
 
@@ -100,7 +101,7 @@ class Packer:
             packed.add(stretch)
             position = stretch.end
             if number == 1:
-                look(stretch.seen)
+                self._look(stretch, jobs, look)
         starts = [*range(position, len(jobs), self.length), len(jobs)]
         chunks = [jobs[start:end] for start, end in pairwise(starts)]
         results = zip(chunks, self.work(chunks), strict=True)
@@ -112,8 +113,14 @@ class Packer:
                 self.journal.record(number, stretch)
                 number += 1
                 if number == 1:
-                    look(stretch.seen)
+                    self._look(stretch, jobs, look)
         return packed
+
+    @staticmethod
+    def _look(first: Stretch, jobs: list[Job], look: Callable[[Seen], object]) -> None:
+        """A large archive is not read for hours before it is said that its numbers cannot be; a small one is judged whole."""
+        if first.end < len(jobs) and len(first.rows.samples) >= _ENOUGH:
+            look(first.seen)
 
     def _fill(self, number: int, results: Iterator[tuple[list[Job], Chunk]], position: int, end: int) -> Stretch:
         """Fill one shard from `position` on; only the last stretch can be without one."""

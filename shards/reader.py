@@ -1,11 +1,9 @@
 """Reading samples back: any member of any sample is one slice of a memory-mapped tar, checked against its CRC-32."""
 
 import json
-import mmap
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,10 +13,16 @@ import torch
 from torch import Tensor
 
 from swath.shards.bands import InputContract
+from swath.shards.cache import CacheOptions
 from swath.shards.codec import DecodeError, decode
 from swath.shards.errors import InputError
-from swath.shards.index import FORMATS, NO_TIME, VALID, columns_of, open_index
-from swath.shards.manifest import Manifest, read_manifest
+from swath.shards.index import FORMATS, KEYS, NO_TIME, VALID, columns_of, open_index
+from swath.shards.index import NAME as INDEX
+from swath.shards.manifest import NAME as MANIFEST
+from swath.shards.manifest import Manifest, Shard, parse_manifest, read_manifest
+from swath.shards.remote import is_remote
+from swath.shards.skips import Skips
+from swath.shards.store import open_store
 from swath.shards.writer import seconds
 
 VALID_NODATA, VALID_CLEAR, VALID_CLOUD, VALID_SHADOW = 0, 1, 2, 3
@@ -75,20 +79,50 @@ class Chips:
         )  # fmt: skip
 
 
-class ShardReader:
-    """A folder of shards. Opening reads the manifest and maps the index; tars are mapped when first needed."""
+class Damaged(InputError):
+    """One sample cannot be read, whatever the rest is like."""
 
-    def __init__(self, folder: Path | str, modalities: Sequence[str] | None = None) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class ShardReader:
+    """A folder of shards, or the address of one (s3://, gs://, https://), whose files come through a `cache`.
+
+    Opening reads the manifest and maps the index; tars are mapped when first needed. A damaged sample raises Damaged; with
+    `skips` it is counted there instead and is nodata everywhere.
+    """
+
+    def __init__(
+        self,
+        place: Path | str,
+        modalities: Sequence[str] | None = None,
+        *,
+        cache: CacheOptions | None = None,
+        skips: Skips | None = None,
+    ) -> None:
+        self.place = str(place)
+        self.store = open_store(place, cache)
+        self.manifest: Manifest = (
+            parse_manifest(self.store.read(MANIFEST), self.place) if is_remote(place) else read_manifest(Path(place))
+        )
+        self.skips = skips
+        self._skipped: set[int] = set()
         self.contracts = {name: self.manifest.contract(name) for name in modalities or self.manifest.contracts}
-        self.index = open_index(self.folder, columns_of(list(self.manifest.contracts)))
+        index, keys = (self.store.path(name, *self._stated(name)) for name in (INDEX, KEYS))
+        self.index = open_index(index, keys, columns_of(list(self.manifest.contracts)), self.place)
         if len(self.index) != self.manifest.samples:
             raise InputError(
-                f"{self.folder}: the index has {len(self.index)} samples, the manifest {self.manifest.samples}; "
-                f"`swath index {self.folder}` rebuilds it"
+                f"{self.place}: the index has {len(self.index)} samples, the manifest {self.manifest.samples}; "
+                f"`swath index {self.place}` rebuilds it"
             )
-        self._shard = lru_cache(maxsize=512)(self._open_shard)
+        self._ahead: dict[str, Shard] = {}
+
+    def _stated(self, name: str) -> tuple[int | None, str | None]:
+        """(bytes, SHA-256) of a file as the manifest has them."""
+        stated = self.manifest.files.get(name)
+        return (stated.bytes, stated.sha256) if stated else (None, None)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -126,9 +160,34 @@ class ShardReader:
         """The sample's JSON."""
         return json.loads(bytes(self._bytes(number, "json")))
 
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Shards of a remote folder that will be needed, in the order of need; where there are many, those named first give way."""
+        if all(name in self._ahead for name in names):
+            return
+        shards = {shard.name: shard for shard in self.manifest.shards}
+        self._ahead |= {name: shards[name] for name in names}
+        while sum(shard.bytes for shard in self._ahead.values()) > self.store.capacity // 2 and len(self._ahead) > len(names):
+            self._ahead.pop(next(iter(self._ahead)))
+        self.store.prefetch(self._ahead.values())
+
+    def close(self) -> None:
+        """End what goes on in the background."""
+        self.store.close()
+
     def chips(self, numbers: Sequence[int] | np.ndarray, visits: np.ndarray | None = None) -> Chips:
         """The samples `numbers`, decoded into one batch."""
         numbers = np.asarray(numbers)
+        while True:
+            try:
+                return self._chips(numbers, visits)
+            except Damaged as error:
+                if self.skips is None:
+                    raise
+                shard = self.manifest.shards[int(self.index.members[error.number, -1]["shard"])].name
+                self.skips.add(f"{self.place}/{shard}", self.index.key(error.number), str(error))
+                self._skipped.add(error.number)
+
+    def _chips(self, numbers: np.ndarray, visits: np.ndarray | None) -> Chips:
         samples = self.index.samples[numbers]
         stored = {name: self._stored(numbers, contract) for name, contract in self.contracts.items()}
         meta = {name: torch.from_numpy(samples[name].astype(np.float64)) for name in ("lat", "lon", "gsd_m")}
@@ -157,6 +216,8 @@ class ShardReader:
     def _stored(self, numbers: np.ndarray, contract: InputContract) -> Stored:
         members = self.index.members[numbers, self._column(contract.modality)]
         present = members["format"] != FORMATS.index("absent")
+        if self._skipped:
+            present &= ~np.isin(numbers, list(self._skipped))
         pixels, size = self._batch(numbers, contract, present)
         masked = self.index.members[numbers, self._column(contract.modality + VALID)]["format"] != FORMATS.index("absent")
         valid = None
@@ -180,7 +241,7 @@ class ShardReader:
         rows = np.flatnonzero(present)
         if height is None or width is None:
             arrays = {row: self._decode(int(numbers[row]), name) for row in rows}
-            size = np.ones((len(numbers), 2), dtype=np.int64)
+            size = np.ones((len(numbers), 2), dtype=np.int64) * max((a.shape[1:] for a in arrays.values()), default=(1, 1))
             for row, array in arrays.items():
                 size[row] = array.shape[1:]
             out = np.zeros((len(numbers), contract.channels, *size.max(axis=0)), dtype=contract.dtype)
@@ -190,7 +251,7 @@ class ShardReader:
             return out, size
         size = np.tile(np.array([[height, width]], dtype=np.int64), (len(numbers), 1))
         is_jpeg = self.index.members[numbers, self._column(name)]["format"] == FORMATS.index("jpg")
-        if contract.channels == 3 and is_jpeg.all():
+        if contract.channels == 3 and is_jpeg.all() and present.all():
             out_bhwc = np.empty((len(numbers), height, width, 3), dtype=np.uint8)
             for row, number in enumerate(numbers):
                 self._jpeg_into(int(number), name, out_bhwc[row])
@@ -225,35 +286,27 @@ class ShardReader:
 
     def _bytes(self, number: int, column: str) -> memoryview:
         member = self.index.members[number, self._column(column)]
-        start, length = int(member["offset"]), int(member["length"])
-        shard = int(member["shard"])
-        if shard >= len(self.manifest.shards):
+        start, length, row = int(member["offset"]), int(member["length"]), int(member["shard"])
+        if row >= len(self.manifest.shards):
             raise InputError(
-                f"{self.folder}: the index has sample {self.index.key(number)} in shard number {shard}, the manifest has "
-                f"{len(self.manifest.shards)} shards; `swath index {self.folder}` rebuilds it"
+                f"{self.place}: the index has sample {self.index.key(number)} in shard number {row}, the manifest has "
+                f"{len(self.manifest.shards)} shards; `swath index {self.place}` rebuilds it"
             )
-        data = self._shard(shard)[start : start + length]
-        if len(data) != length or zlib.crc32(data) != int(member["crc32"]):
-            raise self._damaged(number, column, "its bytes do not match the checksum in the index")
-        return data
+        shard = self.manifest.shards[row]
+        for _ in range(2):
+            data = self.store.shard(shard)[start : start + length]
+            if len(data) == length and zlib.crc32(data) == int(member["crc32"]):
+                return data
+            if not self.store.forget(shard):  # a damaged copy in the cache is fetched anew
+                break
+        raise self._damaged(number, column, "its bytes do not match the checksum in the index")
 
-    def _open_shard(self, number: int) -> memoryview:
-        shard = self.manifest.shards[number]
-        path = self.folder / shard.name
-        try:
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise InputError(f"shard {path} cannot be opened ({error}); copy it again or make the shards again") from None
-        if len(data) != shard.bytes:
-            raise InputError(f"shard {path} has {len(data)} bytes instead of {shard.bytes}; copy it again")
-        return memoryview(data)
-
-    def _damaged(self, number: int, column: str, what: str) -> InputError:
+    def _damaged(self, number: int, column: str, what: str) -> Damaged:
         shard = self.manifest.shards[int(self.index.members[number, self._column(column)]["shard"])].name
-        return InputError(
-            f"sample {self.index.key(number)} in shard {self.folder / shard} is damaged: {what}; "
-            "copy the shard again or make it again"
+        return Damaged(
+            number,
+            f"sample {self.index.key(number)} in shard {self.place}/{shard} is damaged: {what}; "
+            "copy the shard again or make it again",
         )
 
 

@@ -65,7 +65,8 @@ def reindex(folder: Path) -> Manifest:
             _log.warning(
                 "%s; it is now %s, and the new one knows neither bands nor units: making the shards again would", damage, _ASIDE
             )
-        Index(table.samples, table.members, np.frombuffer(table.keys, np.uint8), scan.columns).write(folder)
+        index = Index(table.samples, table.members, np.frombuffer(table.keys, np.uint8), scan.columns)
+        manifest = manifest.model_copy(update={"files": index.write(folder)})
         manifest.write(folder)
     return manifest
 

@@ -7,10 +7,11 @@ reads the end of its pipe and leaves. concurrent.futures shares one pipe and its
 import logging
 import os
 import signal
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -25,7 +26,8 @@ from swath.shards.sources.source import Options, Source
 from swath.shards.work import Chunk, Job, Rules, make
 
 _AT_ONCE = 2  # chunks that a worker has: one that it does, one that waits
-_AHEAD = 4  # chunks per worker that may be under way or done before their turn: what bounds the memory
+_AHEAD = 3  # chunks per worker that may be under way or done before their turn: what bounds the memory
+_WORTH = 64  # jobs; fewer are done before a process has started
 _DEATHS = 3  # of workers over one chunk, before it is given up
 _log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class _Worker:
 
 
 class Workers:
-    """`count` processes; a context that ends them. With 0 or 1 the chunks are done in this process."""
+    """`count` processes; a context that ends them. With 0 or 1, or little to do, it is done in this process."""
 
     def __init__(self, count: int, opening: Opening, source: Source, rules: Rules) -> None:
         self.count, self.opening, self.source, self.rules = count, opening, source, rules
@@ -70,7 +72,7 @@ class Workers:
 
     def run(self, chunks: Sequence[Sequence[Job]]) -> Iterator[Chunk]:
         """What each chunk comes to, in order. Raises InputError where one is bad, Unfinished when workers die over one."""
-        if self.count < 2 or len(chunks) < 2:
+        if self.count < 2 or sum(len(chunk) for chunk in chunks) < _WORTH:
             return (make(self.source, chunk, self.rules) for chunk in chunks)
         return self._run(chunks)
 
@@ -107,13 +109,9 @@ class Workers:
         context = get_context("spawn")  # a fork would copy GDAL's open files and threads' locks
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self.opening, self.rules), daemon=True)
-        # Ctrl-C reaches the whole group of processes; a worker inherits this mask and leaves the answer to the main process
-        resource_tracker.ensure_running()  # its start would take the mask away
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        resource_tracker.ensure_running()  # which would change the mask
+        with _interrupted_later():
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         return _Worker(process, cast(Connection, ours))
 
@@ -142,6 +140,24 @@ class Workers:
         for number in dead.orders:
             self._order(fresh, number, chunks[number])
         return fresh
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C reaches all processes. One that starts here is deaf to it, as it inherits the mask, and leaves the answer to the
+    main process; that one answers afterwards, so that nobody is half started."""
+    waiting: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number)) if ours else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if ours:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(pipe: Connection, opening: Opening, rules: Rules) -> None:

@@ -9,8 +9,11 @@ from PIL import Image, TiffImagePlugin
 
 from swath.shards.errors import InputError
 from swath.shards.recipes.registry import find
+from swath.shards.sources.arrays import open_hdf5, open_mat, open_zarr
 from swath.shards.sources.beside import METADATA
+from swath.shards.sources.cells import open_parquet
 from swath.shards.sources.folder import TIFF, files_below
+from swath.shards.sources.images import EXTENSIONS as IMAGES
 from swath.shards.sources.images import Images
 from swath.shards.sources.landsat import MTL, Landsat
 from swath.shards.sources.rasters import EXTENSIONS, Rasters
@@ -19,7 +22,13 @@ from swath.shards.sources.source import Options, Source
 from swath.shards.sources.stac import MAX_BYTES, Stac, read_json
 
 # Formats of arrays by the extension of a file or of a folder such as `x.zarr`.
-ARRAYS: dict[str, Callable[[Path, Options], Source]] = {}
+ARRAYS: dict[str, Callable[[Path, Options], Source]] = {
+    ".mat": open_mat,
+    ".h5": open_hdf5,
+    ".hdf5": open_hdf5,
+    ".he5": open_hdf5,
+    ".zarr": open_zarr,
+}
 _GEO_TAGS = (33550, 34264, 34735)  # ModelPixelScale, ModelTransformation, GeoKeyDirectory
 _BITS, _PHOTOMETRIC, _RGB = 258, 262, 2
 _LOOKS = 16  # JSON files that are opened to find out whether they are of STAC
@@ -52,8 +61,8 @@ def _opener(path: Path) -> Callable[[Path, Options], Source]:
     if any(p.stat().st_size <= MAX_BYTES and read_json(p) is not None for p in islice(texts, _LOOKS)):
         return Stac
     names = {path.resolve().name}.union(*(p.relative_to(path).parts for p in files))
-    arrays = {suffix for name in names if (suffix := Path(name).suffix.lower()) in ARRAYS}
-    if len(arrays) > 1:
+    arrays = {suffix for name in names if (suffix := Path(name.lower().removesuffix(".zip")).suffix) in ARRAYS}
+    if len({ARRAYS[suffix] for suffix in arrays}) > 1:
         raise InputError(f"{path} holds {' and '.join(sorted(arrays))} files; give one kind at a time")
     if arrays:
         return ARRAYS[arrays.pop()]
@@ -61,7 +70,10 @@ def _opener(path: Path) -> Callable[[Path, Options], Source]:
         return Images if path.suffix.lower() not in EXTENSIONS else _refuse_file
     others = any(p.suffix.lower() in (*EXTENSIONS, ".hdr") and p.suffix.lower() not in TIFF for p in files)
     tiffs = [p for p in files if p.suffix.lower() in TIFF]
-    return Rasters if others or (tiffs and not _is_picture(tiffs[0])) else Images
+    if others or (tiffs and not _is_picture(tiffs[0])):
+        return Rasters
+    pictures = any(p.suffix.lower() in IMAGES for p in files)
+    return open_parquet if not pictures and any(p.suffix.lower() == ".parquet" for p in files) else Images
 
 
 def _depth(path: Path) -> tuple[int, Path]:
