@@ -226,9 +226,14 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimiser its state without moving a weight (its rate is 0 here), so that a checkpoint can be loaded into it."""
+    """Give every parameter its state without moving a weight (its rate is 0 here), so that a checkpoint can be loaded into it.
+
+    A parameter may wait for its first gradient: the head of a modality that comes late. Its state is saved like the others'.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
     optimizer.zero_grad(set_to_none=True)

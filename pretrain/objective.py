@@ -36,6 +36,7 @@ class Objective(nn.Module):
     """Base of every objective. `needs` names the traits that its backbone must have."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    takes_pairs: ClassVar[bool] = False  # whether a sample may have several modalities
     backbone: Backbone
 
     def forward(self, batch: Batch, draw: Draws) -> Outcome:

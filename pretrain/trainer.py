@@ -130,6 +130,10 @@ class _Trainer:
         try:
             backbone = base.create(**options)
             model = objective.build(task.pop("name"), backbone, self.size, channels, **task)
+            if not model.takes_pairs and (pairs := next((r for r in self.data.readers if len(r.contracts) > 1), None)):
+                named = ", ".join(pairs.contracts)
+                raise ValueError(f"samples of {pairs.place} have {named}, and {self.recipe.objective['name']} takes one of them; "
+                                 "name it in data.modalities")  # fmt: skip
         except ValueError as error:
             raise InputError(str(error)) from None
         for block in model.blocks():
@@ -391,9 +395,9 @@ class _Trainer:
     # --- stopping and continuing ---
 
     def _restore(self) -> None:
+        checkpoint.start_optimizer(self.optimizer)
         if self.stored is None:
             return
-        checkpoint.start_optimizer(self.optimizer)
         checkpoint.load_into(self.stored, checkpoint.tensors_of(self.model, self.optimizer))
         self.step = checkpoint.read_state(self.stored)["step"]
         log.info("continuing from %s", self.stored)

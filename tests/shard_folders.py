@@ -1,6 +1,7 @@
 """Small folders of shards for tests, written member by member, so that they do not rest on the ingest they may be testing."""
 
 import io
+import json
 import tarfile
 import zlib
 from hashlib import sha256
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from swath.shards.bands import Band, InputContract, Normalisation
+from swath.shards.codec import encode_npy
 from swath.shards.draw import hash_text
-from swath.shards.index import MEMBER, NO_TIME, SAMPLE, Index, columns_of
+from swath.shards.index import MEMBER, NO_TIME, SAMPLE, VALID, Index, columns_of
 from swath.shards.manifest import Manifest, Shard
+from swath.shards.writer import Member, Place, Rows, ShardWriter
 
 RGB = tuple(Band(name=c, common_name=c) for c in ("red", "green", "blue"))
 
@@ -61,5 +64,47 @@ def make_shards(
     Manifest(
         dataset="made", samples=samples, contracts={"image": contract(bands, size)}, shards=tuple(shards),
         classes=tuple(f"class{c}" for c in range(classes)),
+    ).write(folder)  # fmt: skip
+    return folder
+
+
+def sensor(modality: str, bands: int, *, size: int = 16, dates: int = 1, wavelengths: bool = True) -> InputContract:
+    """A contract of so many bands, at wavelengths of their own or none."""
+    made = tuple(Band(name=f"{modality}_{n}", wavelength_nm=450.0 + 100 * n if wavelengths else None) for n in range(bands))
+    return contract(made, size, "uint16").model_copy(update={"modality": modality, "sensor": modality, "dates": dates})
+
+
+def make_sensor_shards(
+    folder: Path, *contracts: InputContract, samples: int = 24, per_shard: int = 10, missing: dict[int, str] | None = None
+) -> Path:
+    """uint16 chips of several modalities, with place and time; sample n lacks the modality `missing[n]`, and all pixels of the
+    first row are nodata in sample 0."""
+    folder.mkdir(parents=True)
+    columns = columns_of([c.modality for c in contracts])
+    rng, shards, parts = np.random.default_rng(len(contracts)), [], []
+    for first in range(0, samples, per_shard):
+        writer = ShardWriter(folder, first // per_shard, folder.name, columns)
+        for number in range(first, min(first + per_shard, samples)):
+            members = []
+            for one in contracts:
+                if (missing or {}).get(number) == one.modality:
+                    continue
+                chip = rng.normal(100, 50, (one.channels, one.height or 1, one.width or 1)).clip(0, 65535).astype(np.uint16)
+                members.append(Member(f"{one.modality}.npy", one.modality, encode_npy(chip)))
+                if number == 0:
+                    valid = np.ones(chip.shape[1:], np.uint8)
+                    valid[0] = 0
+                    members.append(Member(f"{one.modality}{VALID}.npy", one.modality + VALID, encode_npy(valid)))
+            times = {one.modality: [f"2020-0{1 + d}-01T00:00:00Z" for d in range(one.dates)] for one in contracts}
+            members.append(Member("json", "json", json.dumps({"times": times}).encode()))
+            writer.add(f"s{number:04d}", members, number % 2, -1, Place(lat=10.0, lon=20.0, gsd_m=10.0, time=1_577_836_800))
+        shard, rows = writer.close()
+        shards.append(shard)
+        parts.append(rows)
+    rows = Rows.join(parts)
+    files = Index(rows.samples, rows.members, np.frombuffer(rows.keys, np.uint8), columns).write(folder)
+    Manifest(
+        dataset=folder.name, samples=samples, contracts={c.modality: c for c in contracts}, shards=tuple(shards),
+        classes=("even", "odd"), files=files,
     ).write(folder)  # fmt: skip
     return folder

@@ -58,6 +58,8 @@ CASES: dict[str, tuple[Given, dict[str, Any]]] = {
     "one tap": (inputs(2, 9, 5, 1), {}),
     "reverse": (inputs(2, 37, 5), {"reverse": True}),
     "one order": (inputs(2, 37, 5), {"order": orders(length=37).int()}),
+    "plain orders": (inputs(2, 37, 5, 4, 2), {"order": torch.stack([torch.arange(37), torch.arange(37).flip(0)])}),
+    "plain orders of one token": (inputs(2, 1, 5, 4, 2), {"order": torch.zeros(2, 1, dtype=torch.int64)}),
     "an order per sample": (inputs(3, 37, 5), {"order": orders(3, length=37), "reverse": True}),
     "mask": (inputs(3, 37, 5), {"mask": torch.rand(3, 37) > 0.5}),
     "nothing present": (inputs(2, 9, 5), {"mask": torch.zeros(2, 9, dtype=torch.bool)}),

@@ -1,7 +1,7 @@
 """The selective scan: each implementation equals the reference, forward and every gradient, in whatever order and packing."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swath.kernels.dispatch import use
-from swath.kernels.scan import reference, selective_scan
+from swath.kernels.scan import cpu, reference, selective_scan
 from swath.kernels.scan.op import OPERATOR
 
 Given = dict[str, Any]  # tensors by argument
@@ -106,6 +106,40 @@ def test_cpu_equals_the_reference(name: str) -> None:
     given, options = CASES[name]
     # float64, so that what differs is the order of sums only
     compare(outcome(selective_scan, given, **options), outcome(reference.selective_scan, given, **options), 1e-12)
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cpu, "_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("name", CASES)
+def test_threads_share_the_channels(name: str) -> None:
+    given, options = CASES[name]
+    got = outcome(selective_scan, given, **options)
+    compare(got, outcome(reference.selective_scan, given, **options), 1e-12)
+    compare(outcome(selective_scan, given, **options), got, 0.0)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_in_inference_mode() -> None:
+    given = inputs(2, 37, 7, 4, None, 2)
+    with torch.inference_mode():
+        y = selective_scan(**given)
+    assert torch.equal(y, selective_scan(**given))
+
+
+def test_chunks_without_gradients_are_longer_and_give_the_same() -> None:
+    given = inputs(2, 197, 6, 4, None, 2)
+    with torch.no_grad():
+        y = selective_scan(**given)
+    assert torch.equal(y, selective_scan(**given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -347,8 +381,6 @@ class Largest(TorchDispatchMode):
 def test_the_states_of_all_steps_are_never_there_at_once() -> None:
     given = inputs(8, 196, 384, 16, dtype=torch.float32)
     x = canonical({n: given[n].detach() for n in ("u", "delta", "A", "B", "C")})
-    from swath.kernels.scan import cpu
-
     with Largest() as seen:
         y, _, kept = cpu.forward(x, True, False, True, True)
         cpu.backward(x, True, False, True, kept, y, None)

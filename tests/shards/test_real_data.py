@@ -35,7 +35,7 @@ def need(name: str) -> Path:
 
 
 def left_out(manifest: Manifest) -> int:
-    return sum(reason["count"] for reason in manifest.source["left_out"].values())
+    return sum(reason["samples"] for reason in manifest.source["left_out"].values())
 
 
 def test_bigearthnet_sentinel2(tmp_path: Path):
