@@ -6,6 +6,7 @@ million samples.
 """
 
 import struct
+import zlib
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +21,12 @@ NAME, KEYS = "index.bin", "keys.bin"
 _MAGIC = b"SWATHIX2"
 _HEADER = struct.Struct("<8sQI44x")
 
-# lat and lon of the centre in degrees (float32 tells 2 m apart), gsd_m: NaN where unknown; time: UTC seconds since 1970
+# lat and lon of the centre in degrees (float32 tells 2 m apart), gsd_m: NaN where unknown; time: UTC seconds since 1970;
+# check: of the whole row and its members (`row_check`), last so that it can be left out of what it checks; 0 is not checked
 SAMPLE = np.dtype(
     [
         ("id", "<i8"), ("key_start", "<u8"), ("key_length", "<u4"), ("label", "<i4"), ("block", "<i8"), ("time", "<i8"),
-        ("lat", "<f4"), ("lon", "<f4"), ("gsd_m", "<f4"), ("reserved", "<u4"),
+        ("lat", "<f4"), ("lon", "<f4"), ("gsd_m", "<f4"), ("check", "<u4"),
     ]
 )  # fmt: skip
 NO_TIME = np.iinfo(np.int64).min
@@ -55,13 +57,27 @@ class Index:
         start = int(row["key_start"])
         return bytes(self.keys[start : start + int(row["key_length"])]).decode()
 
+    def damaged(self, numbers: np.ndarray) -> np.ndarray:
+        """Those of the samples `numbers` (B,) whose rows are not what was written."""
+        samples, members = self.samples[numbers], self.members[numbers]
+        rows = zip(samples["check"].tolist(), samples, members, strict=True)
+        wrong = [stated != 0 and stated != row_check(sample, row) for stated, sample, row in rows]
+        return numbers[np.array(wrong, dtype=bool)]
+
     def write(self, folder: Path) -> dict[str, FileState]:
-        """Both files; returns what the manifest says of them."""
+        """Both files, each row with its check; returns what the manifest says of them."""
+        samples = self.samples.copy()
+        samples["check"] = [row_check(sample, row) for sample, row in zip(samples, self.members, strict=True)]
         header = _HEADER.pack(_MAGIC, len(self.samples), self.members.shape[1])
-        made = {KEYS: self.keys.tobytes(), NAME: header + self.samples.tobytes() + self.members.tobytes()}
+        made = {KEYS: self.keys.tobytes(), NAME: header + samples.tobytes() + self.members.tobytes()}
         for name, data in made.items():
             write_bytes(folder / name, data)
         return {name: FileState(bytes=len(data), sha256=sha256(data).hexdigest()) for name, data in made.items()}
+
+
+def row_check(sample: np.ndarray, members_m: np.ndarray) -> int:
+    """CRC-32 of an index row, () of SAMPLE without its `check`, and of its members; never 0."""
+    return zlib.crc32(members_m.tobytes(), zlib.crc32(sample.tobytes()[: -SAMPLE["check"].itemsize])) or 1
 
 
 def columns_of(modalities: list[str]) -> tuple[str, ...]:

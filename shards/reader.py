@@ -188,6 +188,11 @@ class ShardReader:
                 self._skipped.add(error.number)
 
     def _chips(self, numbers: np.ndarray, visits: np.ndarray | None) -> Chips:
+        if len(wrong := self.index.damaged(numbers)):
+            raise InputError(
+                f"{self.place}: the index row of sample {self.index.key(int(wrong[0]))} is damaged; "
+                f"`swath index {self.place}` rebuilds it from the shards"
+            )
         samples = self.index.samples[numbers]
         stored = {name: self._stored(numbers, contract) for name, contract in self.contracts.items()}
         meta = {name: torch.from_numpy(samples[name].astype(np.float64)) for name in ("lat", "lon", "gsd_m")}

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from swath.shards.errors import InputError
+from swath.shards.index import MEMBER, SAMPLE
 from swath.shards.ingest import shard
 from swath.shards.reader import ShardReader
-from tests.shard_folders import make_shards
+from swath.shards.reindex import reindex
+from tests.shard_folders import make_sensor_shards, make_shards, sensor
 
 
 def refused(folder: Path, match: str, number: int | None = None) -> None:
@@ -107,6 +109,26 @@ def test_damaged_or_foreign_index(folder: Path, tmp_path: Path):
         (folder / name).write_bytes((more / name).read_bytes())
     refused(folder, "sample chip9 in shard .* is damaged", 9)
     refused(folder, "index has sample chip19 in shard number 4, the manifest has 3 shards; `swath index .*` rebuilds it", 19)
+
+
+@pytest.mark.parametrize("field", ["id", "label", "lat", "check"])
+def test_a_flipped_bit_in_an_index_row(tmp_path: Path, field: str):
+    folder = make_sensor_shards(tmp_path / "set", sensor("sentinel2", 4))
+    where = 64 + 7 * SAMPLE.itemsize + (SAMPLE.fields or {})[field][1]
+    raw = bytearray((folder / "index.bin").read_bytes())
+    raw[where] ^= 2
+    (folder / "index.bin").write_bytes(raw)
+    refused(folder, r"the index row of sample s0007 is damaged; `swath index .*` rebuilds it", 7)
+    reindex(folder)
+    ShardReader(folder).chips([7])
+
+
+def test_a_flipped_bit_in_a_member_row(tmp_path: Path):
+    folder = make_sensor_shards(tmp_path / "set", sensor("sentinel2", 4), samples=8)
+    raw = bytearray((folder / "index.bin").read_bytes())
+    raw[64 + 8 * SAMPLE.itemsize + 5 * 3 * MEMBER.itemsize + (MEMBER.fields or {})["scale"][1] + 6] ^= 8
+    (folder / "index.bin").write_bytes(raw)
+    refused(folder, "the index row of sample s0005 is damaged", 5)
 
 
 def test_missing_manifest(folder: Path, tmp_path: Path):
