@@ -113,8 +113,10 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _recipes(args: argparse.Namespace) -> int:
     from swath.launch.recipes import listing
+    from swath.shards.recipes.registry import recipes
 
-    print(listing())
+    print(f"to train (swath pretrain NAME):\n{listing()}\n\npublished data sets (swath shard SOURCE --recipe NAME):")
+    print("\n".join(f"{name:24} {recipe.title} [{recipe.licence}]" for name, recipe in recipes().items()))
     return 0
 
 
@@ -212,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_demo)
 
     commands.add_parser("doctor", help="what this machine has, and what swath will use").set_defaults(run=_doctor)
-    commands.add_parser("recipes", help="the shipped recipes").set_defaults(run=_recipes)
+    commands.add_parser("recipes", help="the shipped recipes, and the published data sets whose layout is known").set_defaults(run=_recipes)
 
     for name, run, text in (
         ("index", _index, "rebuild the index of a folder of shards"),
