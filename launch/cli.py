@@ -25,8 +25,22 @@ def _scenes(args: argparse.Namespace) -> int:
     return 0
 
 
+def _init(args: argparse.Namespace) -> int:
+    from swath.shards.first_contact import first_contact
+
+    recipe, warnings = first_contact(args.archive, args.out)
+    for line in warnings:
+        print(f"! {line}")
+    print(f"{args.out}: {len(recipe.unconfirmed)} guesses to confirm")
+    for line in recipe.unconfirmed:
+        print(f"  {line}")
+    print(f"then: swath shard {args.out} --out shards")
+    return 0
+
+
 def _shard(args: argparse.Namespace) -> int:
     from swath.shards.estimate import estimate
+    from swath.shards.first_contact import RECIPE_FILES, confirmed
     from swath.shards.ingest import Blocks, shard
     from swath.shards.selection import Selection
     from swath.shards.sources.source import Options
@@ -36,6 +50,10 @@ def _shard(args: argparse.Namespace) -> int:
         chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor, level=args.level, unit=args.unit, scale=args.scale,
         add=args.add, nodata=args.nodata, gsd_m=args.gsd, resampling=args.resampling,
     )  # fmt: skip
+    if args.source.suffix.lower() in RECIPE_FILES:
+        if args.recipe is not None or options != Options():
+            raise InputError(f"{args.source} says what the archive is; write options such as --bands and --sensor into it")
+        args.source, args.recipe, options = confirmed(args.source, yes=args.yes)
     selection = Selection(
         aoi=args.aoi, dates=args.dates, max_cloud=args.max_cloud, thin_km=args.thin, sample=args.sample, stratify=args.stratify,
         drop_duplicates=args.drop_duplicates,
@@ -155,8 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--clouds", action="store_true", help="clouds, and a validity mask beside each scene")
     p.set_defaults(run=_scenes)
 
+    p = commands.add_parser("init", help="look at an archive, and write what it is for you to confirm")
+    p.add_argument("archive", type=Path, help="folder or zip")
+    p.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="the YAML to write (recipe.yaml)")
+    p.set_defaults(run=_init)
+
     p = commands.add_parser("shard", help="rasters or images to shards")
-    p.add_argument("source", type=Path, help="folder or zip")
+    p.add_argument("source", type=Path, help="folder or zip, or the YAML that swath init wrote")
+    p.add_argument("--yes", action="store_true", help="take the guesses in that YAML as they are")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--recipe", help="a published data set's layout (see swath recipes)")
     p.add_argument("--workers", type=int, default=_cores(), help="processes that decode (one per core)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, model_validator
+from pydantic import ValidationError, ValidatorFunctionWrapHandler, model_validator
 
 from swath.shards.bands import Band, Strict, Unit
 from swath.shards.errors import InputError
@@ -91,7 +91,7 @@ class ArchiveRecipe(Strict):
     def unconfirmed(self) -> list[str]:
         """A line for each guess that nobody has confirmed."""
         return [
-            f"{name}: {_brief(entry.value if entry.given else entry.found)} ({entry.because or 'no evidence given'})"
+            f"{name}: {brief(entry.value if entry.given else entry.found)} ({entry.because or 'no evidence given'})"
             for name, entry in self.entries.items()
             if not entry.confirm
         ]
@@ -148,7 +148,7 @@ def _explain(error: Any) -> str:
     return f"{name}: {error['msg'].removeprefix('Value error, ')}"
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     if not isinstance(value, tuple | list):
         return "null" if value is None else str(value)
     return ", ".join(value[:4]) + (f" … {value[-1]} ({len(value)})" if len(value) > 5 else ", ".join(["", *value[4:]]))

@@ -6,6 +6,7 @@ One line without swath: `numpy.load(io.BytesIO(member))` gives the (bands, heigh
 import io
 import math
 import re
+from functools import lru_cache
 
 import numpy as np
 import simplejpeg
@@ -45,16 +46,21 @@ def _decode_npy(data: bytes | memoryview) -> np.ndarray:
     if head[:8] != b"\x93NUMPY\x01\x00":
         raise DecodeError("not an NPY 1.0 file")
     start = 10 + int.from_bytes(head[8:10], "little")
-    match = _NPY.match(bytes(data[10:start]))
-    if match is None:
-        raise DecodeError("NPY header is not a plain C-order array of numbers")
-    shape = tuple(int(n) for n in match[3].replace(b" ", b"").split(b",") if n)
-    dtype = np.dtype(match[1].decode())
-    if len(shape) not in (2, 3) or math.prod(shape) > MAX_VALUES:
-        raise DecodeError(f"NPY of shape {shape}: 2 or 3 dimensions and at most {MAX_VALUES} values are read")
+    shape, dtype = _npy_header(bytes(data[10:start]))
     if len(data) - start != math.prod(shape) * dtype.itemsize:
         raise DecodeError(f"NPY is cut short: {len(data) - start} bytes for shape {shape}")
     return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
+
+
+@lru_cache(maxsize=256)  # chips of a data set have few different headers
+def _npy_header(text: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    match = _NPY.match(text)
+    if match is None:
+        raise DecodeError("NPY header is not a plain C-order array of numbers")
+    shape = tuple(int(n) for n in match[3].replace(b" ", b"").split(b",") if n)
+    if len(shape) not in (2, 3) or math.prod(shape) > MAX_VALUES:
+        raise DecodeError(f"NPY of shape {shape}: 2 or 3 dimensions and at most {MAX_VALUES} values are read")
+    return shape, np.dtype(match[1].decode())
 
 
 def _decode_jpeg(data: bytes | memoryview) -> np.ndarray:

@@ -1,104 +1,51 @@
 """`swath init`: a first look at an archive, from a few of its files, as a recipe that a person confirms.
 
-Files are taken evenly over the archive, and every kind of source says itself what it understands of them; here the evidence is
-gathered, and what nobody can know is guessed and marked.
+Every kind of source says itself what it understands of the files; here the evidence is gathered, decoded values are compared
+with it, and what nobody can know is guessed and marked.
 """
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import numpy as np
 
-from swath.shards.archive_recipe import ArchiveRecipe, Entry, read_archive_recipe, write_text
-from swath.shards.bands import InputContract, Unit
+from swath.shards.archive_recipe import ArchiveRecipe, Entry, brief, read_archive_recipe, write_text
+from swath.shards.bands import InputContract
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
+from swath.shards.evidence import found, main, who_says
 from swath.shards.files import disk_errors, write_bytes
-from swath.shards.layouts.store import open_store
-from swath.shards.layouts.tree import Tree
-from swath.shards.layouts.walk import IMAGERY
+from swath.shards.first_look import SECONDS, Look, counted, look, spread, understand
 from swath.shards.plausibility import check
-from swath.shards.recipes.registry import Recipe, recipes
-from swath.shards.sensors import SENSORS, Sensor, level_of, sensor_of
-from swath.shards.sources.beside import METADATA, left_out, split_beside
-from swath.shards.sources.cut import WHOLE, Scenes
-from swath.shards.sources.folder import files_below
-from swath.shards.sources.landsat import MTL, Landsat
-from swath.shards.sources.open import _opener as opener_of
-from swath.shards.sources.rasters import _GRD as GRD
-from swath.shards.sources.rasters import RAW_RADAR, Rasters, raster_files, scene_name
-from swath.shards.sources.rasters import _group as grouped
-from swath.shards.sources.rasters import _meaning as meaning
-from swath.shards.sources.rasters import _scene as raster_scene
-from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
-from swath.shards.sources.scene import UNSCALED, Scene, Stack, open_raster, raster_errors
-from swath.shards.sources.source import Item, Options, Source
-from swath.shards.sources.stac import Stac
+from swath.shards.sensors import SENSORS
+from swath.shards.sources.cut import CHIP, WHOLE
+from swath.shards.sources.source import Options
 from swath.shards.work import Seen
 
-FILES = 20  # scenes or images that are looked at
-_CHIPS = 24  # of them that are decoded
-_SECONDS = 20.0  # for opening, and as many for decoding: what is not done by then is left
-_NAMES = 400  # file names that a published layout is recognised by
-_FIT = 0.95  # share of them that must fit it
+RECIPE_FILES = (".yaml", ".yml")
+_CHIPS = 24  # that are decoded
 _DARK = 9  # hundreds of DN: no dark pixel of Sentinel-2 is so bright, unless the offset is in
 _ZEROS = 0.05  # share of pixels that are 0 in all bands, from which on they look like nodata
-_NO_PUBLISHED_SET = ("aligned_pairs",)  # fits any two folders
-# how many bands, and which they then are if they are all of the sensor's usual ones
-_USUAL = {
-    "sentinel2": {13: tuple(SENSORS["sentinel2"].bands), 12: tuple(b for b in SENSORS["sentinel2"].bands if b != "B10")},
-    "sentinel1": {2: ("VV", "VH")},
-}
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-
-@dataclass
-class Look:
-    """What was seen. `source` is of the files that were opened and are alike; `raw` are their stacks before anybody said what
-    they mean, by scene. `units` is how many there are to open, `opened` how many were. `warnings` are lines."""
-
-    source: Source
-    kind: str
-    units: int
-    opened: int
-    word: str
-    raw: dict[str, Stack] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    published: str | None = None
-    because: str = ""
-
-    @property
-    def scenes(self) -> list[Scene]:
-        return self.source.scenes if isinstance(self.source, Scenes) else []
-
-    def of_all(self, count: int | None = None) -> str:
-        """`20 of 20 scenes`."""
-        alike = len(self.scenes) if self.scenes else self.opened
-        return f"{alike if count is None else count} of {alike} {self.word} looked at"
 
 
 def first_contact(archive: Path, out: Path) -> tuple[ArchiveRecipe, list[str]]:
-    """Write `out` about `archive`; returns what it says, and warnings. Raises InputError."""
-    if out.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"--out {out} must end in .yaml")
+    """Write `out` about `archive`; returns what it says, and lines of warning. Raises InputError."""
+    if out.suffix.lower() not in RECIPE_FILES:
+        raise InputError(f"--out {out} must end in {' or '.join(RECIPE_FILES)}")
     if out.exists():
         raise InputError(f"{out} exists and may have been edited; remove it, or choose another --out")
-    seen, options, told = _understand(archive)
+    seen, options, told = understand(archive)
     values = _values(seen)
     entries = _entries(seen, options, told)
     if values is not None:
         entries = _judged(seen, values, entries)
-    contracts = seen.source.contracts
     recipe = ArchiveRecipe(source=str(archive.absolute()), **entries)
-    main = next(iter(contracts.values()))
-    text = write_text(recipe, _head(archive, out, seen, values), main.bands)
+    text = write_text(recipe, _head(archive, out, seen, values), main(seen).bands)
     with disk_errors("writing the recipe", out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(out, text.encode())
@@ -108,261 +55,195 @@ def first_contact(archive: Path, out: Path) -> tuple[ArchiveRecipe, list[str]]:
 def confirmed(path: Path, *, yes: bool = False) -> tuple[Path, str | None, Options]:
     """(source, layout, options) of the recipe at `path`, for `shard`.
 
-    InputError while guesses in it are not confirmed, unless `yes`, and where the files do not say any more what was found.
+    InputError while guesses in it are not confirmed, unless `yes`, and where files do not say any more what was found.
     """
     recipe = read_archive_recipe(path)
     if recipe.unconfirmed and not yes:
         listed = "".join(f"\n  {line}" for line in recipe.unconfirmed)
         raise InputError(
-            f"{path} has {len(recipe.unconfirmed)} guesses that nobody has confirmed (write `confirm: true`, or --yes for all):{listed}"
+            f"{path} holds {len(recipe.unconfirmed)} guesses to confirm: write `confirm: true` for each, or --yes for all{listed}"
         )
     for line in recipe.unconfirmed:
         _log.info("taken as guessed: %s", line)
-    found = {name: entry.found for name, entry in recipe.entries.items() if not entry.given}
-    if found:
-        seen = look(Path(recipe.source), recipe.options, recipe.layout)
-        now = _found(seen)
+    expected = {name: entry.found for name, entry in recipe.entries.items() if not entry.given}
+    if expected:
+        now = found(look(Path(recipe.source), recipe.options, recipe.layout))
         differ = [
-            f"{name}: {held} was found, with these values and files it is {now[name]}"
-            for name, held in found.items()
+            f"\n  {name}: {brief(held)} was found, and now it is {brief(now[name])}"
+            for name, held in expected.items()
             if name in now and now[name] != held
         ]
         if differ:
             raise InputError(
-                f"{path} does not fit {recipe.source} any more; write `value:` to overrule the files, or run swath init again:"
-                + "".join(f"\n  {line}" for line in differ)
+                f"{path} does not fit its values and {recipe.source}; write `value:` to overrule the files, or let "
+                f"swath init look again{''.join(differ)}"
             )
     return Path(recipe.source), recipe.layout, recipe.options
 
 
-def look(archive: Path, options: Options, layout: str | None = None) -> Look:
-    """Open a few files of it, as `options` say. Raises InputError."""
-    if not archive.exists():
-        raise InputError(f"{archive} does not exist; give a folder or a zip of images or of scenes")
-    if layout is not None:
-        return _published(archive, recipes()[layout].open(archive, options), layout, "")
-    kind = opener_of(archive)
-    if isinstance(kind, type) and issubclass(kind, Scenes):
-        return _look_at_scenes(archive, kind, options)
-    source = kind(archive, options)
-    return Look(source, source.kind, len(source.items), min(FILES, len(source.items)), "samples", warnings=list(source.notes))
+def _entries(look: Look, options: Options, told: dict[str, str]) -> dict[str, Entry[Any]]:
+    """What was found, each with who says so; what had to be guessed, as a value."""
+    if look.published is not None:
+        return {"recipe": Entry[Any](value=look.published, because=look.because, confirm=False)}
+    held, said = found(look), who_says(look)
+    made: dict[str, Entry[Any]] = {}
+    for name in (name for name in ArchiveRecipe.model_fields if name in said):
+        if name in told:
+            made[name] = Entry[Any](value=getattr(options, name), because=told[name], confirm=False)
+        else:
+            made[name] = Entry[Any](found=held[name], because=said[name].because, confirm=said[name].certain)
+    return made | (_cut(look) if look.scenes else {})
 
 
-def _understand(archive: Path) -> tuple[Look, Options, dict[str, str]]:
-    """The look, the values that had to be guessed for it to be possible or better, and why each."""
-    if not archive.exists():
-        raise InputError(f"{archive} does not exist; give a folder or a zip of images or of scenes")
-    if (known := _recognised(archive)) is not None:
-        return known, Options(), {}
-    options, told = Options(), {}
-    try:
-        seen = look(archive, options)
-    except _Unnamed as error:
-        options, told["bands"] = error.guess(archive)
-        seen = look(archive, options)
-    contract = next(iter(seen.source.contracts.values()))
-    if contract.sensor == "unknown" and (guess := _sensor_elsewhere(archive, contract)) is not None:
-        sensor, told["sensor"] = guess
-        options = replace(options, sensor=sensor)
-        seen = look(archive, options)
-    return seen, options, told
+def _cut(look: Look) -> dict[str, Entry[Any]]:
+    """How scenes become chips: nothing to confirm, but to be seen and changed."""
+    grids = [stack.grid for stack in look.stacks]
+    sizes = counted(Counter(f"{g.width}×{g.height}" for g in grids))
+    if all(max(g.height, g.width) <= WHOLE for g in grids):
+        return {"chip": Entry[Any](value=None, because=f"files are small ({sizes} px): each is a chip, as it is")}
+    chips = round(len(look.source.items) / len(grids) * look.units)
+    return {
+        "chip": Entry[Any](value=CHIP, because=f"pixels; scenes of {sizes} px give about {chips} such chips"),
+        "stride": Entry[Any](value=CHIP, because="pixels from chip to chip; where it is smaller than chip, they overlap"),
+    }
 
 
-def _sensor_elsewhere(archive: Path, contract: InputContract) -> tuple[str, str] | None:
-    """(sensor, evidence), where no file says it: by the folder's name, or by the names of bands."""
-    names = {name.upper() for name in contract.names}
-    if (known := sensor_of(archive.resolve().name)) is not None:
-        return known.name, f"the name of the folder, {archive.resolve().name}"
-    if names <= {"VV", "VH", "HH", "HV"}:
-        return "sentinel1", f"bands are called {', '.join(contract.names)}; it could be another radar"
-    if "B8A" in names and names <= set(SENSORS["sentinel2"].bands):
-        return "sentinel2", "bands are called as Sentinel-2's, with B8A"
-    return None
+@dataclass
+class Values:
+    """What some decoded chips show: statistics of all, and by modality the shares of pixels that are 0 in all bands."""
+
+    seen: Seen
+    chips: int
+    zeros: dict[str, float]
+    sizes: Counter[str]
+    times: list[str]
 
 
-class _Unnamed(Exception):
-    """Scenes have bands without names."""
-
-    def __init__(self, path: Path, count: int, dtype: str, colours: tuple[str, ...]) -> None:
-        super().__init__(str(path))
-        self.path, self.count, self.dtype, self.colours = path, count, dtype, colours
-
-    def guess(self, archive: Path) -> tuple[Options, str]:
-        known = sensor_of(f"{self.path.name} {archive.resolve().name}")
-        usual = _USUAL.get(known.name, {}).get(self.count) if known else None
-        if usual is not None and known is not None:
-            return Options(bands=usual), (
-                f"no names in the files; {self.count} bands of {known.name} in its own order, B8A after B08: "
-                "check it, EuroSAT for one has B8A last"
-                if known.name == "sentinel2"
-                else f"no names in the files; {self.count} bands of {known.name}, in the usual order"
-            )
-        if len(set(self.colours)) == self.count and set(self.colours) <= {"red", "green", "blue", "nir"}:
-            return Options(bands=self.colours), "the files' colour interpretation, which many programs write without being asked"
-        names = tuple(f"b{number:02d}" for number in range(1, self.count + 1))
-        hint = {
-            13: "; Sentinel-2 L1C has 13",
-            12: "; Sentinel-2 L2A has 12",
-            4: "; blue, green, red, nir and red, green, blue, nir are usual",
-        }
-        return Options(bands=names), f"no names in {self.path.name}: numbered, write the real ones{hint.get(self.count, '')}"
-
-
-def _spread(things: Sequence[_T], count: int) -> list[_T]:
-    """`count` of them, evenly, with the first and the last."""
-    if len(things) <= count:
-        return list(things)
-    return [things[i] for i in np.linspace(0, len(things) - 1, count).round().astype(int)]
-
-
-def _look_at_scenes(archive: Path, kind: type[Scenes], options: Options) -> Look:
-    if kind is Rasters:
-        scenes, raw, units, warnings = _some_rasters(archive, options)
-    else:
-        scenes, raw, units, warnings = *_some_products(archive, kind, options), []
-    broken = [f"{scene.lookup}: {scene.broken}" for scene in scenes if scene.broken is not None]
-    if broken:
-        warnings.append(f"{len(broken)} of {len(scenes)} scenes cannot be opened: {'; '.join(broken[:3])}")
-    groups: dict[str, list[Scene]] = {}
-    for scene in scenes:
-        if scene.broken is None:
-            groups.setdefault(_likeness(scene), []).append(scene)
-    if not groups:
-        raise InputError(f"none of the {len(scenes)} scenes of {archive} that were tried can be opened ({broken[0]})")
-    alike = max(groups.values(), key=len)
-    for likeness, others in groups.items():
-        if others is not alike:
-            warnings.append(
-                f"scenes differ, and shards are made of one kind at a time: {len(alike)} have {_likeness(alike[0])}, "
-                f"{len(others)} have {likeness}, such as {others[0].lookup}"
-            )
-    crs = Counter("none" if s.stacks[0].grid.crs is None else s.stacks[0].grid.crs.to_string() for s in alike)
-    if len(crs) > 1:
-        warnings.append(f"scenes are in {len(crs)} reference systems: {_counted(crs)}; each keeps its own")
-    base = archive if archive.is_dir() else archive.parent
-    source = Scenes(base, options, kind.__name__.lower(), alike, [])
-    warnings += [note for note in source.notes if not note.startswith("scale of ")]
-    return Look(source, kind.__name__.lower(), units, len(scenes), "scenes", raw, warnings)
-
-
-def _likeness(scene: Scene) -> str:
-    """What scenes must share, in words."""
-    return "; ".join(
-        f"{len(s.bands)} bands ({', '.join(s.names[:13])}) of {s.dtype} from {s.sensor} {s.level}"
-        + (", with their own scale" if s.scale is not None and s.said.startswith("file tag") else "")
-        + ("" if s.nodata is None else f", nodata {s.nodata:g}")
-        for s in scene.stacks[:1]
-    )
-
-
-def _some_rasters(archive: Path, options: Options) -> tuple[list[Scene], dict[str, Stack], int, list[str]]:
-    files = files_below(archive)
-    rasters, _ = raster_files(files, archive)
-    if (raw := next((p for p in rasters if GRD.match(p.name)), None)) is not None:
-        raise InputError(f"{raw} {RAW_RADAR}")
-    paths, beside = split_beside(rasters, {p: scene_name(archive, p) for p in rasters})
-    if not paths:
-        raise InputError(f"{archive} holds no scenes; name the folder that does")
-    beside |= {p.relative_to(archive).as_posix(): p for p in files.paths if p.name.endswith(METADATA)}
-    groups = grouped(archive, paths)
-    scenes, troubles = [], []
+def _values(look: Look) -> Values | None:
+    """Decode a few chips, evenly over the archive. None where not one can be."""
+    source = look.source
+    made = Values(Seen(source.contracts), 0, {}, Counter(), [])
+    zeros: Counter[str] = Counter()
+    pixels: Counter[str] = Counter()
+    bad: list[str] = []
+    other: list[str] = []
     started = time.monotonic()
-    for name in _spread(list(groups), FILES):
-        if time.monotonic() - started > _SECONDS:
+    for item in spread(source.items, _CHIPS):
+        if time.monotonic() - started > SECONDS:
             break
         try:
-            scenes.append(raster_scene(archive, name, groups[name], beside, options))
-        except InputError as error:
-            troubles.append((groups[name], error))
-    warnings = [*files.notes, *left_out(beside)]
-    if troubles and not scenes:
-        if options.bands is None and "give --bands" in str(troubles[0][1]):
-            raise _unnamed(troubles[0][0]) or troubles[0][1]
-        raise troubles[0][1]
-    warnings += [f"{len(troubles)} scenes contradict themselves or the others: {troubles[0][1]}"] if troubles else []
-    untold = {scene.name: scene.stacks[0] for scene in scenes if scene.stacks}
-    return meaning(scenes, options), untold, len(groups), warnings
-
-
-def _unnamed(paths: list[Path]) -> _Unnamed | None:
-    try:
-        with open_raster(str(paths[0])) as file:
-            colours = tuple(colour.name for colour in file.colorinterp)
-            return _Unnamed(paths[0], file.count, file.dtypes[0], colours) if len(paths) == 1 else None
-    except raster_errors():
-        return None
-
-
-def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple[list[Scene], dict[str, Stack], int]:
-    """Products are opened one by one, each by its own path."""
-    files = [archive] if archive.is_file() or is_safe(archive) else files_below(archive).paths
-    if kind is Safe and files != [archive]:
-        units = sorted({root for p in files if (root := p if is_safe_zip(p) else safe_root(p, archive)) is not None})
-    elif kind is Landsat and files != [archive]:
-        units = sorted({p.parent for p in files if MTL.search(p.name)})
-    elif kind is Stac and len(texts := [p for p in files if p.suffix.lower() in (".json", ".geojson")]) > FILES:
-        units = texts
-    else:
-        units = [archive]
-    scenes: dict[str, Scene] = {}
-    troubles = []
-    started = time.monotonic()
-    for unit in _spread(units, FILES):
-        if time.monotonic() - started > _SECONDS:
-            break
-        try:
-            opened: Any = kind(unit, options)  # pyright: ignore[reportCallIssue] - of a kind that takes a path
-            scenes |= {scene.name: scene for scene in opened.scenes}
-        except InputError as error:
-            troubles.append(error)
-    if not scenes:
-        raise troubles[0]
-    return list(scenes.values()), {}, max(len(units), len(scenes))
-
-
-def _recognised(archive: Path) -> Look | None:
-    """A published data set, where names of files fit its layout and a sample of it can be read.
-
-    Class folders of JPEGs look alike everywhere, so that a layout without a band in its names must be called by its name too.
-    """
-    names = [name for name, _ in open_store(archive).walk()] if archive.is_dir() or archive.suffix.lower() == ".zip" else []
-    images = _spread([name for name in names if name.lower().endswith((*IMAGERY, ".jp2"))], _NAMES)
-    where = "".join(c for c in f"{archive.resolve().name}/{images[0] if images else ''}".lower() if c.isalnum())
-    fitting: list[tuple[int, str, Recipe, str]] = []
-    for known in recipes().values():
-        if isinstance(known.open, partial) and known.open.func is Tree:
-            layout = known.open.args[0]
-            called = any(_plain(n) in where for n in (known.name, layout.looks.partition("/")[0]) if len(_plain(n)) > 2)
-            patterns = [layer.files for layer in layout.layers.values()]
-            fit = sum(any(_fits(p, name) for p in (*patterns, *layout.left_out)) for name in images)
-            by_band = any("(?P<band>" in pattern for pattern in patterns)
-            if images and fit >= _FIT * len(images) and (called or by_band):
-                words = f"{fit} of {len(images)} file names that were looked at fit its layout ({layout.looks})"
-                fitting.append((0 if called else 1, known.name, known, words))
-        elif known.name not in _NO_PUBLISHED_SET and not (images and len(images) == len(names)):
-            fitting.append((2, known.name, known, "its files are there, under their published names"))
-    for _, name, known, words in sorted(fitting, key=lambda row: row[:2]):
-        try:
-            source = known.open(archive, Options())
-            source.read(source.items[0])
-        except (InputError, DecodeError):
+            sample = source.read(item)
+        except DecodeError as error:
+            bad.append(f"{item.lookup}: {error}")
             continue
-        return _published(archive, source, name, f"{words}: {known.title}")
-    return None
+        except InputError as error:
+            other.append(str(error))
+            continue
+        made.chips += 1
+        for name, part in sample.parts.items():
+            made.seen.add(name, part.pixels, part.valid, part.scale, part.add)
+            bands = part.pixels.reshape(-1, len(source.contracts[name].bands), *part.pixels.shape[1:])
+            zeros[name] += int((bands == 0).all(axis=1).sum())
+            pixels[name] += bands[:, 0].size
+        main = next(iter(sample.parts.values()), None)
+        if main is not None:
+            made.sizes[f"{main.pixels.shape[2]}×{main.pixels.shape[1]}"] += 1
+        if isinstance(moment := sample.meta.get("time"), str):
+            made.times.append(moment)
+    tried = made.chips + len(bad) + len(other)
+    look.warnings += [f"{len(bad)} of {tried} that were decoded are damaged: {bad[0]}"] if bad else []
+    look.warnings += [f"{len(other)} of {tried} that were decoded are of another kind: {other[0]}"] if other else []
+    made.zeros = {name: zeros[name] / pixels[name] for name in pixels if pixels[name]}
+    return made if made.chips else None
 
 
-def _plain(text: str) -> str:
-    return "".join(c for c in text.lower() if c.isalnum())
+def _judged(look: Look, values: Values, entries: dict[str, Entry[Any]]) -> dict[str, Entry[Any]]:
+    """The entries after a look at decoded values: evidence is added, and what they contradict becomes a guess and a warning."""
+    made = dict(entries)
+    for name, part in look.source.contracts.items():
+        if values.seen.statistics[name].count.any():
+            look.warnings += [f.text for f in check(part, values.seen.statistics[name], values.seen.levels[name])]
+    contract = main(look)
+    low, middle, high = values.seen.statistics[contract.modality].percentiles([1, 50, 99])
+    if look.published is not None or not np.isfinite(high).any():
+        return made
+
+    def add_evidence(name: str, words: str) -> None:
+        if name in made and not made[name].confirm:
+            made[name] = made[name].model_copy(update={"because": f"{made[name].because}; {words}"})
+
+    def guess(name: str, value: float, words: str) -> None:
+        made[name] = Entry[Any](value=value, because=words, confirm=False)
+        look.warnings.append(f"{name}: {words}; taken as {value:.6g}")
+
+    add_evidence("unit", f"values lie from {np.nanmin(low):.4g} to {np.nanmax(high):.4g}")
+    zeros = values.zeros.get(contract.modality, 0.0)
+    empty = f"{zeros:.0%} of the pixels of {values.chips} chips are 0 in all bands"
+    if contract.nodata is None and zeros >= _ZEROS:
+        guess("nodata", 0.0, f"no file declares one, and {empty}")
+    add_evidence("nodata", empty) if contract.nodata is not None else None
+    known = SENSORS.get(contract.sensor)
+    if not look.scenes or known is None or contract.unit != "reflectance" or known.unit != "reflectance":
+        return made
+    stack = look.stacks[0]
+    scale, told = 1.0 if stack.scale is None else stack.scale, stack.said.startswith("file")
+    if not told and stack.dtype == "uint16" and np.nanmax(middle) > 2:
+        bright = (np.nanmax(middle) - stack.add) / scale
+        guess(
+            "scale",
+            1 / 65535,
+            f"half of a band lies above DN {bright:.0f}, too bright for the usual {1 / scale:.6g}",
+        )
+    elif not np.isclose(scale, known.scale):
+        look.warnings.append(
+            f"scale: DN are taken as reflectance · {1 / scale:.6g}, and {known.name}'s are customarily · {1 / known.scale:.6g}"
+        )
+    bright, total = _bright(values, contract)
+    words = f"the darkest 1 % lie at {_DARK * 100} DN or more in {bright} of {total} chips"
+    if bright > 0.9 * total and not stack.said.startswith("file metadata") and made["add"].found == 0.0:
+        guess("add", -0.1, f"{words}: Sentinel-2's offset of 1000 DN seems to be in, and no file says so")
+    elif total:
+        add_evidence("add", words)
+    return made
 
 
-def _fits(pattern: str, name: str) -> bool:
-    import re
+def _bright(values: Values, contract: InputContract) -> tuple[int, int]:
+    """(Sentinel-2 chips that claim no offset and have no dark pixel, chips that claim none)."""
+    levels = values.seen.levels[contract.modality].seen
+    of = [(kind, step, count) for (offset, kind, step), count in levels.items() if offset == 0]
+    return sum(n for kind, step, n in of if step >= (_DARK if kind == "dark" else _DARK - 1)), sum(n for _, _, n in of)
 
-    return re.fullmatch(pattern, name) is not None
 
-
-def _published(archive: Path, source: Source, name: str, because: str) -> Look:
-    count = len(source.items)
-    return Look(
-        source, source.kind, count, min(FILES, count), "samples", warnings=list(source.notes), published=name, because=because
-    )
+def _head(archive: Path, out: Path, look: Look, values: Values | None) -> list[str]:
+    """Comments: how to read the file, what is there, and what is odd."""
+    lines = [
+        f"What swath understands of {archive}. Look it over, then:  swath shard {out} --out shards",
+        "",
+        "  value    what this file says; it wins over the files",
+        "  found    what swath reads from each file by itself; to overrule it, write `value:` in its place",
+        "  confirm  false is a guess, and swath shard waits: write true, or delete the mark",
+        "",
+        f"{look.units} {'scenes' if look.scenes else 'samples'} ({look.kind}); "
+        + (f"{look.opened} opened, " if look.scenes else "")
+        + (f"{values.chips} chips decoded" if values else "not one chip can be decoded"),
+    ]
+    times = {s.time for s in look.scenes if s.time} | set(values.times if values else [])
+    if look.scenes:
+        grids = [s.stacks[0].grid for s in look.scenes]
+        lines.append(f"  size   {counted(Counter(f'{g.width}×{g.height}' for g in grids))} px")
+        lines.append(f"  CRS    {counted(Counter('none' if g.crs is None else g.crs.to_string() for g in grids))}")
+    elif values is not None:
+        lines.append(f"  size   {counted(values.sizes)} px")
+    if times:
+        lines.append(f"  dates  {min(times)[:10]} to {max(times)[:10]}")
+    if look.source.classes:
+        listed = look.source.classes
+        lines.append(f"  labels {len(listed)}: {', '.join(listed[:12])}{' …' if len(listed) > 12 else ''}")
+    contracts = list(look.source.contracts.values())
+    for contract in contracts if look.published else contracts[1:]:
+        beside = "" if look.published else "beside it "
+        lines.append(
+            f"  {beside}{contract.modality}: {', '.join(contract.names[:16])}{' …' if len(contract.names) > 16 else ''} "
+            f"({contract.dtype}, {contract.unit}, {contract.sensor} {contract.level})"
+        )
+    return lines + (["", *(f"! {line}" for line in look.warnings)] if look.warnings else [])

@@ -4,28 +4,23 @@ What comes from a manifest or a sample is shown without its control characters, 
 """
 
 import io
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from swath.shards.bands import InputContract
-from swath.shards.errors import InputError
+from swath.shards.describe import describe
 from swath.shards.files import disk_errors, write_bytes
-from swath.shards.manifest import NAME, BandStatistics, Manifest
+from swath.shards.manifest import NAME
 from swath.shards.map import draw_map
 from swath.shards.reader import ShardReader
-from swath.shards.sheet import capacity, contact_sheet, day, sample_json
-from swath.shards.survey import Stored, Survey, survey
+from swath.shards.sheet import capacity, contact_sheet
+from swath.shards.survey import Survey, survey
 
-_LISTED, _SHARDS, _CLASSES, _BANDS = 10, 12, 60, 40  # lines of what was left out, of shards, of classes, of bands
-_JSON = 10_000  # samples whose JSON is looked at for labels
-_WIDE = 400  # characters of a line
 _FIRST = ("train", "val", "test")  # the order in which splits are told
+_DAMAGED = 5  # lines on samples that cannot be read
+_WIDE = 400  # characters of a line
 
 
 @dataclass(frozen=True)
@@ -44,54 +39,59 @@ def inspect(folder: Path, out: Path | None = None) -> Report:
     """Describe the shards in `folder`, or those of all splits inside it, and write pictures into `out` (by default `folder`).
 
     `contact_sheet.png`, with the split and the modality in its name where there are several, and `map.png`. Raises InputError
-    where there are no shards, they are damaged, or `out` cannot be written.
+    where there are no shards, they are damaged, or `out` cannot be written; single damaged samples are told and left out.
     """
     readers, place = _readers(folder), out or folder
     surveys = {split: survey(reader) for split, reader in readers.items()}
-    blocks, sheets = [], []
+    lines = []
     if len(readers) > 1:
-        blocks.append([f"{folder}: splits " + ", ".join(f"{split} ({len(r)} samples)" for split, r in readers.items())])
-    with disk_errors("writing the contact sheet", place):
+        lines += [f"{folder}: splits " + ", ".join(f"{split} ({len(reader)} samples)" for split, reader in readers.items()), ""]
+    sheets: dict[Path, Image.Image] = {}
+    for split, reader in readers.items():
+        lines += [f"== {split} =="] if split else []
+        lines += describe(reader, surveys[split])
+        made, damaged = _sheets(split, reader, surveys[split])
+        sheets |= {place / name: image for name, image in made.items()}
+        lines += [*damaged, *(f"contact sheet: {place / name}" for name in made), ""]
+    picture = draw_map(readers, surveys)
+    drawn = {} if picture is None else {place / "map.png": picture}
+    lines += [f"map: {path}" for path in drawn] or ["no map: no sample has a position"]
+    with disk_errors("writing the contact sheet and the map", place):
         place.mkdir(parents=True, exist_ok=True)
-        for split, reader in readers.items():
-            found = surveys[split]
-            lines = ([f"== {split} =="] if split else []) + _told(reader, found)
-            for modality, stored in found.stored.items():
-                if not stored.samples:
-                    continue
-                several = modality if len(found.stored) > 1 else ""
-                title = " · ".join(part for part in (reader.manifest.dataset, split, modality) if part)
-                numbers = stored.chosen(capacity(reader.contracts[modality]))
-                sheet = contact_sheet(reader, modality, numbers, f"{title} · {len(numbers)} of {stored.samples} samples")
-                lines += [f"{len(sheet.damaged)} of {len(numbers)} samples for the sheet of {modality} cannot be read"] * bool(sheet.damaged)
-                lines += [f"  {line}" for line in sheet.damaged[:_LISTED]]
-                path = place / ("_".join(part for part in ("contact_sheet", split, several) if part) + ".png")
-                _write(path, sheet.image)
-                lines.append(f"contact sheet of {modality}: {path}")
-                sheets.append(path)
-            blocks.append(lines)
-    drawn = draw_map(readers, surveys)
-    with disk_errors("writing the map", place):
-        if drawn is not None:
-            _write(place / "map.png", drawn)
-    blocks.append([f"map: {place / 'map.png'}" if drawn else "no map: no sample has a position"])
-    text = "\n\n".join("\n".join(_plain(line) for line in lines) for lines in blocks)
-    return Report(text, tuple(sheets), place / "map.png" if drawn else None)
+        for path, image in (*sheets.items(), *drawn.items()):
+            _write(path, image)
+    return Report("\n".join(_plain(line) for line in lines), tuple(sheets), next(iter(drawn), None))
 
 
 def _readers(folder: Path) -> dict[str, ShardReader]:
     """By split; the split of a folder that is not cut into splits is ""."""
     inside = [] if (folder / NAME).exists() or not folder.is_dir() else [path.parent.name for path in folder.glob(f"*/{NAME}")]
-    splits = sorted(
-        (name for name in inside if not name.startswith(".")), key=lambda n: (_FIRST.index(n) if n in _FIRST else len(_FIRST), n)
-    )
+    splits = [name for name in inside if not name.startswith(".")]  # an unfinished ingest is hidden
+    splits.sort(key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
     return {split: ShardReader(folder / split) for split in splits} or {"": ShardReader(folder)}
+
+
+def _sheets(split: str, reader: ShardReader, found: Survey) -> tuple[dict[str, Image.Image], list[str]]:
+    """File names and contact sheets of the modalities that there are samples of, and lines on samples that cannot be read."""
+    made, damaged = {}, []
+    for modality, stored in found.stored.items():
+        if not stored.samples:
+            continue
+        numbers = stored.chosen(capacity(reader.contracts[modality]))
+        title = " · ".join(part for part in (reader.manifest.dataset, split, modality) if part)
+        sheet = contact_sheet(reader, modality, numbers, f"{title} · {len(numbers)} of {stored.samples} samples")
+        name = "_".join(part for part in ("contact_sheet", split, modality if len(found.stored) > 1 else "") if part)
+        made[f"{name}.png"] = sheet.image
+        if sheet.damaged:
+            damaged.append(f"{len(sheet.damaged)} of the {len(numbers)} samples on {name}.png cannot be read")
+            damaged += [f"  {line}" for line in sheet.damaged[:_DAMAGED]]
+    return made, damaged
 
 
 def _write(path: Path, picture: Image.Image | Figure) -> None:
     data = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(data, format="png")
+        picture.savefig(data, format="png", bbox_inches="tight", pad_inches=0.15)
     else:
         picture.save(data, "PNG")
     write_bytes(path, data.getvalue())
@@ -101,161 +101,3 @@ def _plain(line: str) -> str:
     """One line that a terminal can be shown."""
     short = line if len(line) <= _WIDE else line[:_WIDE] + "…"
     return "".join(c if c.isprintable() else "?" for c in short)
-
-
-def _told(reader: ShardReader, found: Survey) -> list[str]:
-    manifest = reader.manifest
-    lines = [f"{manifest.dataset}: {manifest.samples} samples"]
-    lines += _places(found, len(reader))
-    for name, contract in reader.contracts.items():
-        lines += _modality(contract, found.stored[name], manifest.statistics.get(name), len(reader))
-        lines += _radiometry(reader, name, found.stored[name])
-    lines += _labels(reader, found)
-    lines += _shards(manifest)
-    return lines + _source(manifest)
-
-
-def _places(found: Survey, samples: int) -> list[str]:
-    """When, how fine and where, each with how many samples tell it."""
-    lines = []
-    for name, extent, words in (
-        ("time", found.time, lambda e: f"{day(e.low)} to {day(e.high)}"),
-        ("GSD", found.gsd_m, lambda e: f"{e.low:g} m" if e.low == e.high else f"{e.low:g} to {e.high:g} m"),
-    ):
-        lines.append(f"{name}: {words(extent)}, {_of(extent.count, samples)}" if extent.count else f"{name}: not known")
-    if found.lat.count:
-        (west, east), lat = found.longitudes, found.lat
-        over = " across the date line" if east > 180 else ""
-        lines.append(
-            f"place: {lat.low:.4f} to {lat.high:.4f} °N, {_east(west):.4f} to {_east(east):.4f} °E{over}, {_of(lat.count, samples)}"
-        )
-    else:
-        lines.append("place: not known")
-    lines += [f"place: {found.off_globe} samples have a position that is not on the globe"] * bool(found.off_globe)
-    return lines
-
-
-def _east(lon: float) -> float:
-    return lon - 360 if lon > 180 else lon
-
-
-def _of(count: int, samples: int) -> str:
-    return "all samples" if count == samples else f"{count} of {samples} samples"
-
-
-def _modality(contract: InputContract, stored: Stored, spread: BandStatistics | None, samples: int) -> list[str]:
-    """A modality's head line and its table of bands."""
-    size = f"{contract.height}×{contract.width}" if contract.height else "of several sizes"
-    dates = f", {contract.dates} dates" if contract.dates > 1 else ""
-    masks = f", {stored.masked} of them with pixels that are not clear" if stored.masked else ""
-    gsd = f", {contract.gsd_m:g} m per pixel" if contract.gsd_m else ""
-    gsd += f" ({contract.resampling})" if contract.gsd_m and contract.resampling else ""
-    part = "" if stored.samples == samples else f" of {samples}"
-    norm, names = contract.normalisation, ("1", "50", "99")
-    columns: dict[str, tuple[float | None, ...]] = {
-        "mean": norm.mean, "std": norm.std, "min": norm.minimum,
-        **{f"{n} %": (spread.percentiles.get(n, ()) if spread else ()) for n in names},
-        "max": norm.maximum, "nodata %": tuple(100 * share for share in spread.nodata_share) if spread else (),
-    }  # fmt: skip
-    columns = {name: values for name, values in columns.items() if len(values) == len(contract.bands)}
-    head = f"{'band':<12}{'name':<11}{'nm':>8}{'gsd m':>7}" + "".join(f"{name:>11}" for name in columns)
-    rows = []
-    for row, band in enumerate(contract.bands):
-        known = f"{_number(band.wavelength_nm, 8)}{_number(band.gsd_m, 7)}"
-        values = [v[row] if norm.pixels[row] or name == "nodata %" else None for name, v in columns.items()]
-        rows.append(f"{band.name:<12}{band.common_name or '–':<11}{known}" + "".join(_number(v, 11) for v in values))
-    return [
-        f"{contract.modality}: in {stored.samples}{part} samples {size}{dates}{gsd}, {contract.sensor} {contract.level}, "
-        f"{contract.unit}, stored as {contract.dtype}, nodata {contract.nodata}{masks}",
-        head, *_middle_out(rows, _BANDS, "bands"),
-    ]  # fmt: skip
-
-
-def _number(value: float | None, width: int) -> str:
-    return f"{'–':>{width}}" if value is None else f"{value:{width}.5g}"
-
-
-def _middle_out(rows: list[str], most: int, what: str) -> list[str]:
-    """All, or the first and the last."""
-    half = most // 2
-    return rows if len(rows) <= most else [*rows[:half], f"… {len(rows) - 2 * half} more {what} …", *rows[-half:]]
-
-
-def _radiometry(reader: ShardReader, modality: str, stored: Stored) -> list[str]:
-    """What stored values are multiplied by and what is added, with how many samples, and who says so in the first of them."""
-    lines = []
-    for (scale, add), count in stored.pairs.most_common(_LISTED):
-        told = sample_json(reader, stored.first[scale, add]).get("radiometry")
-        one = told.get(modality) if isinstance(told, dict) else None
-        says = one.get("scale_source") if isinstance(one, dict) else None
-        lines.append(f"  value = stored · {scale:g} {'−' if add < 0 else '+'} {abs(add):g} in {count} samples ({says or 'nobody says why'})")
-    shown = sum(count for _, count in stored.pairs.most_common(_LISTED))
-    rest = stored.samples - shown
-    return lines + [f"  and other scales and offsets in {rest} samples"] * bool(rest)
-
-
-def _labels(reader: ShardReader, found: Survey) -> list[str]:
-    """Samples of each class, and of each of several labels."""
-    manifest = reader.manifest
-    pairs = list(zip(("(none)", *manifest.classes), found.labels[:-1].tolist(), strict=True))
-    shown = [(name, count) for name, count in pairs if count] if manifest.classes else []
-    many = len(shown) > _CLASSES
-    shown = sorted(shown, key=lambda pair: -pair[1]) if many else shown
-    lines = [f"class {name}: {count}" for name, count in shown[:_CLASSES]]
-    lines += [f"… {len(shown) - _CLASSES} more classes, with {shown[-1][1]} to {shown[_CLASSES][1]} samples"] if many else []
-    empty = [name for name, count in pairs[1:] if not count]
-    if empty:
-        lines.append(f"{len(empty)} classes without a sample: {', '.join(empty[:_LISTED])}{', …' if len(empty) > _LISTED else ''}")
-    if found.labels[-1]:
-        lines.append(f"{found.labels[-1]} samples have the number of a class that the manifest does not list")
-    return lines + _several_labels(reader)
-
-
-def _several_labels(reader: ShardReader) -> list[str]:
-    """Of samples with a list of labels; a few are looked at first, since each is a read of its own."""
-    for most in (64, _JSON):
-        numbers = np.unique(np.linspace(0, len(reader) - 1, most).round().astype(int))
-        counts: Counter[str] = Counter()
-        for number in numbers.tolist():
-            labels: Any = sample_json(reader, number).get("labels")
-            counts.update(set(map(str, labels)) if isinstance(labels, list) else ())
-        if not counts:
-            return []
-    part = "" if len(numbers) == len(reader) else f" of {len(numbers)} samples looked at"
-    lines = [f"label {name}: {count}{part}" for name, count in counts.most_common(_CLASSES)]
-    return lines + [f"… {len(counts) - _CLASSES} more labels"] * (len(counts) > _CLASSES)
-
-
-def _shards(manifest: Manifest) -> list[str]:
-    sizes = [shard.bytes for shard in manifest.shards]
-    if len(sizes) <= _SHARDS:
-        lines = [f"{s.name}: {s.samples} samples, {s.bytes} bytes" for s in manifest.shards]
-    else:
-        samples = [shard.samples for shard in manifest.shards]
-        lines = [f"shards have {min(samples)} to {max(samples)} samples, {min(sizes)} to {max(sizes)} bytes"]
-    return [*lines, f"{sum(sizes)} bytes in {len(sizes)} shards"]
-
-
-def _source(manifest: Manifest) -> list[str]:
-    """How the shards were made; what was skipped and left out, and why; what was noted."""
-    said = dict(manifest.source)
-    lines = [f"{len(manifest.skipped)} could not be decoded"]
-    lines += [f"  {key}: {reason}" for key, reason in manifest.skipped[:_LISTED]]
-    lines += [f"  … and {len(manifest.skipped) - _LISTED} more, in {NAME}"] * (len(manifest.skipped) > _LISTED)
-    left_out, notes, findings = (said.pop(name, None) for name in ("left_out", "notes", "findings"))
-    for reason, entry in left_out.items() if isinstance(left_out, dict) else ():
-        known = isinstance(entry, dict)
-        examples = entry.get("examples") if known else None
-        such = f" (such as {', '.join(map(str, examples[:2]))})" if isinstance(examples, list) and examples else ""
-        lines.append(f"{entry.get('samples') if known else entry} left out: {reason}{such}")
-    for finding in findings if isinstance(findings, list) else ():
-        lines.append(f"warning: {finding.get('text') if isinstance(finding, dict) else finding}")
-    lines += [f"note: {note}" for note in (notes if isinstance(notes, list) else ())]
-    settings = [f"{name} {value}" for name, value in _flat(said) if value is not None]
-    made = f"made by {manifest.made_by}" if manifest.made_by else ""
-    return lines + [" with ".join(part for part in (made, ", ".join(settings)) if part)] * bool(made or settings)
-
-
-def _flat(said: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Settings of settings beside the others."""
-    return [pair for name, value in said.items() for pair in (value.items() if isinstance(value, dict) else [(name, value)])]

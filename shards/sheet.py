@@ -9,12 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.index import NO_TIME
-from swath.shards.reader import ShardReader
+from swath.shards.reader import VALID_CLOUD, VALID_NODATA, VALID_SHADOW, ShardReader
 from swath.shards.view import Picture, limits, painted, picture, view_of
 
 COLUMNS, ROWS, CELL, GAP = 8, 8, 128, 10  # pictures in a row and a column; pixels of their side, and between samples
 HEAD, CAPTION, BETWEEN = 44, 30, 2  # pixels of the title, of a caption, and between the dates of a sample
 _PAPER, _INK, _PALE, _BAD = (255, 255, 255), (25, 25, 25), (110, 110, 110), (200, 40, 40)
+_MARKS = {"black: nodata": {VALID_NODATA}, "dimmed: cloud, shadow": {VALID_CLOUD, VALID_SHADOW}}
+_AGE = 3e11  # seconds, 9,500 years: what is beyond was no date
 _LONGEST = 200  # characters of a text that are looked at
 
 
@@ -55,10 +57,12 @@ def contact_sheet(reader: ShardReader, modality: str, numbers: list[int], title:
     pen = _Pen(sheet)
     pen.write((GAP, GAP - 2), title, sheet.width - 2 * GAP, _INK, 14)
     span = "" if view.kind in ("as stored", "classes") else " · dark to bright " + ", ".join(
-        f"{a:.3g} to {b:.3g}" for a, b in zip(low, high, strict=True)
+        f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)
     )  # fmt: skip
     unit = "dB" if contract.unit == "linear power" else contract.unit
-    pen.write((GAP, GAP + 16), f"{view.words}{span} ({unit})", sheet.width - 2 * GAP, _PALE)
+    codes = {int(code) for cell in cells for one in cell for code in np.unique(one.codes)}
+    marks = "".join(f" · {words}" for words, known in _MARKS.items() if codes & known)
+    pen.write((GAP, GAP + 16), f"{view.words}{span} ({unit}){marks}", sheet.width - 2 * GAP, _PALE)
     for place, (number, cell) in enumerate(zip(numbers, cells, strict=True)):
         left, top = GAP + place % across * (wide + GAP), HEAD + place // across * (tall + GAP)
         for shown, one in enumerate(cell):
@@ -102,9 +106,16 @@ def _pictures(reader: ShardReader, number: int, contract: InputContract, dates: 
     stored, codes = reader.pixels(number, name), reader.valid(number, name)
     masks = contract.dates if codes is None else len(codes)
     size = stored.shape[1:]
-    if len(stored) != contract.channels or 0 in size or masks != contract.dates or (codes is not None and codes.shape[1:] != size):
+    if (
+        len(stored) != contract.channels
+        or 0 in size
+        or masks != contract.dates
+        or (codes is not None and codes.shape[1:] != size)
+    ):
         mask = "" if codes is None else f" with a mask {codes.shape}"
-        raise InputError(f"sample {reader.index.key(number)} is damaged: {name} of shape {stored.shape}{mask}, not {contract.channels} channels")
+        raise InputError(
+            f"sample {reader.index.key(number)} is damaged: {name} of shape {stored.shape}{mask}, not {contract.channels} channels"
+        )
     step = max(1, max(size) // (2 * CELL))
     row = reader.index.members[number, reader.index.columns.index(name)]
     view = view_of(contract)
@@ -153,4 +164,4 @@ def sample_json(reader: ShardReader, number: int) -> dict[str, Any]:
 
 def day(time: float) -> str:
     """YYYY-MM-DD of UTC seconds since 1970."""
-    return str(np.datetime64(int(time), "s"))[:10]
+    return str(np.datetime64(int(np.clip(time, -_AGE, _AGE)), "s"))[:10]

@@ -85,8 +85,9 @@ class Survey:
 
     @property
     def longitudes(self) -> tuple[float, float]:
-        """West and east of the narrower of the two views; east is above 180 where the samples lie across the date line."""
-        view = min(self.lon, self.lon_east, key=lambda extent: extent.high - extent.low)
+        """West and east; east is above 180 where the samples lie across the date line, and not almost all around the globe."""
+        around, across = (extent.high - extent.low for extent in (self.lon, self.lon_east))
+        view = self.lon_east if across < around - 20 else self.lon
         return view.low, view.high
 
 

@@ -44,7 +44,7 @@ def view_of(contract: InputContract) -> View:
         upper = [name.upper() for name in names]
         for co, cross in (("VV", "VH"), ("HH", "HV")):
             if co in upper and cross in upper:
-                words = f"red {co}, green {cross}, blue {co} − {cross}"
+                words = f"red {co}, green {cross}, blue {co} / {cross}"
                 return View((upper.index(co), upper.index(cross)), "radar", words)
         return View((0,), "grey", names[0])
     if len(names) == 1:
@@ -64,10 +64,15 @@ def view_of(contract: InputContract) -> View:
 
 
 def _said(names: tuple[str, ...], bands: tuple[int, ...]) -> str:
-    return ", ".join(f"{colour} {names[n]}" for colour, n in zip(("red", "green", "blue"), bands, strict=True))
+    return ", ".join(
+        colour if colour == names[n] else f"{colour} {names[n]}"
+        for colour, n in zip(("red", "green", "blue"), bands, strict=True)
+    )
 
 
-def picture(stored_chw: np.ndarray, codes_hw: np.ndarray | None, scale: float, add: float, contract: InputContract, view: View) -> Picture:
+def picture(
+    stored_chw: np.ndarray, codes_hw: np.ndarray | None, scale: float, add: float, contract: InputContract, view: View
+) -> Picture:
     """One date as stored, all bands of `contract`, in physical values (radar in dB)."""
     stored = stored_chw[list(view.bands)]
     with np.errstate(all="ignore"):

@@ -61,6 +61,9 @@ class Pile:
                 self._owner.setdefault(name, 0)
         self.names, self.links, self.digest = sorted(self._owner), top.links, digest.hexdigest()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
         """All bytes. Raises DecodeError."""
         mount, store = self._mounts[self._owner[name]]
@@ -167,20 +170,24 @@ def captioned(
     )  # fmt: skip
 
 
-def karpathy(pile: Pile, list_name: str) -> Iterator[Record]:
-    """Of `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`."""
-    for name in named(pile, list_name):
-        for image in pile.json(name)["images"]:
-            meta = {"keywords": image["keywords"]} if image.get("keywords") else {}
-            yield Record(image["filename"], texts([s["raw"] for s in image["sentences"]]), image.get("split"), meta=meta)
+def karpathy(list_name: str) -> Callable[[Pile], Iterator[Record]]:
+    """Reads `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`."""
+
+    def records(pile: Pile) -> Iterator[Record]:
+        for name in named(pile, re.escape(list_name), list_name):
+            for image in pile.json(name)["images"]:
+                meta = {"keywords": image["keywords"]} if image.get("keywords") else {}
+                yield Record(image["filename"], texts([s["raw"] for s in image["sentences"]]), image.get("split"), meta=meta)
+
+    return records
 
 
-def named(pile: Pile, pattern: str) -> list[str]:
-    """Files of the pile whose last part is `pattern`, a regular expression; InputError where there are none."""
+def named(pile: Pile, pattern: str, looks: str) -> list[str]:
+    """Files of the pile whose last part is `pattern`, such as `looks`; InputError where there are none."""
     found = [name for name in pile.names if re.fullmatch(pattern, name.rpartition("/")[2], re.IGNORECASE)]
     if not found:
-        raise InputError(f"{pile.path} holds no {re.sub(r'[\\()]|[?]P?[:<a-z]*>?', '', pattern)}; download it there")
-    return sorted(found)
+        raise InputError(f"{pile.path} holds no {looks}; download it there")
+    return found
 
 
 def texts(value: Any) -> tuple[str, ...]:
