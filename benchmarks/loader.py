@@ -5,11 +5,11 @@
 `--jpeg`: shards of 64-pixel JPEG. swath's loader in its exact order with checksums, `webdataset` with its default decoder
 (Pillow), and with simplejpeg, the decoder that swath uses.
 
-`--bands`: shards of 13-band uint16 chips of 64 pixels, made up in that folder unless they are there (0.9 GB with what the others
-read; needs rasterio). swath reads its shards; `webdataset` reads the same shards with its own decoder of .npy, and tars of the
-same chips as GeoTIFF, decoded by rasterio, uncompressed and deflated with predictor 2. With --others also `mosaicml-streaming` and
-`litdata`, on copies in their own formats, and tifffile; `pip install --no-deps mosaicml-streaming litdata tifffile` and what their
-import asks for, in an environment of their own: what they require would take torch and numpy back.
+`--bands`: 4,096 chips of 13 bands uint16, 64 pixels, made up in that folder unless they are there (2.6 GB with all copies; needs
+rasterio). swath reads its shards; `webdataset` reads the same shards with its own decoder of .npy, and tars of the same chips as
+GeoTIFF, decoded by rasterio, uncompressed and deflated with predictor 2. With --others also by tifffile, and `mosaicml-streaming`
+and `litdata` on copies in their own formats. Those go into an environment of their own, by `pip install --no-deps` with whatever
+the import asks for: what they require takes numpy back, and torchvision, which is not there for every torch.
 
 All shuffle, check nothing more than they do by default, and come as uint8 or uint16 batches of 256, by a torch DataLoader in all
 but swath, with equal workers.

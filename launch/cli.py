@@ -149,7 +149,7 @@ def _index(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from swath.shards.inspect import inspect
 
-    print(inspect(args.folder).text)
+    print(inspect(args.folder, args.out).text)
     return 0
 
 
@@ -240,13 +240,14 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="what this machine has, and what swath will use").set_defaults(run=_doctor)
     commands.add_parser("recipes", help="the shipped recipes, and the published data sets whose layout is known").set_defaults(run=_recipes)
 
-    for name, run, text in (
-        ("index", _index, "rebuild the index of a folder of shards"),
-        ("inspect", _inspect, "what a folder of shards holds"),
-    ):
-        p = commands.add_parser(name, help=text)
-        p.add_argument("folder", type=Path)
-        p.set_defaults(run=run)
+    p = commands.add_parser("index", help="rebuild the index of a folder of shards")
+    p.add_argument("folder", type=Path)
+    p.set_defaults(run=_index)
+
+    p = commands.add_parser("inspect", help="what a folder of shards holds: text, contact sheets, a map")
+    p.add_argument("folder", type=Path, help="shards, or a folder of splits")
+    p.add_argument("--out", type=Path, help="folder for the pictures (FOLDER)")
+    p.set_defaults(run=_inspect)
     return parser
 
 

@@ -9,8 +9,9 @@ from sklearn.linear_model import LogisticRegression
 
 from swath.probes.features import Features, require_classes, standardised
 from swath.probes.metrics import Scores, score
-from swath.shards.draw import hash_text, mix
+from swath.shards.draw import mix
 from swath.shards.errors import InputError
+from swath.shards.identity import hash_text
 
 STRENGTHS = tuple(float(c) for c in np.logspace(-4, 2, 10))
 HELD_OUT = 0.2

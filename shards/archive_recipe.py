@@ -165,7 +165,7 @@ def write_text(recipe: ArchiveRecipe, head: Sequence[str], bands: Sequence[Band]
         mark = [] if entry.confirm else ["confirm: false"]
         if name == "bands" and isinstance(held, tuple | list):
             lines += ["bands:", *_band_lines(key, held, bands)]
-            lines += [f"  {k}: {_scalar(v)}" for k, v in rest.items()] + [f"  {m}" for m in mark]
+            lines += [f"  {k}: {_quoted(v)}" for k, v in rest.items()] + [f"  {m}" for m in mark]
             continue
         parts = [f"{key}: {_scalar(held)}", *(f"{k}: {_quoted(v)}" for k, v in rest.items()), *mark]
         line = f"{name}: {{{', '.join(parts)}}}"
@@ -190,7 +190,7 @@ def _about(band: Band) -> str:
         words
         for words in (
             f"{band.wavelength_nm:g} nm" if band.wavelength_nm else "",
-            band.common_name or "",
+            "" if band.common_name in (None, band.name) else band.common_name,
             f"{band.gsd_m:g} m" if band.gsd_m else "",
         )
         if words

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swath.shards.draw import hash_text
 from swath.shards.errors import InputError
+from swath.shards.identity import hash_text
 from swath.shards.quality import LeftOut
 from swath.shards.sources.source import Item
 from swath.shards.sources.split import Row

@@ -37,9 +37,8 @@ def _places(found: Survey, samples: int) -> list[str]:
     if found.lat.count:
         (west, east), lat = found.longitudes, found.lat
         over = " across the date line" if east > 180 else ""
-        lines.append(
-            f"place: {lat.low:.4f} to {lat.high:.4f} °N, {_east(west):.4f} to {_east(east):.4f} °E{over}, {_of(lat.count, samples)}"
-        )
+        span = f"{lat.low:.4f} to {lat.high:.4f} °N, {_east(west):.4f} to {_east(east):.4f} °E"
+        lines.append(f"place: {span}{over}, {_of(lat.count, samples)}")
     else:
         lines.append("place: not known")
     lines += [f"place: {found.off_globe} samples have a position that is not on the globe"] * bool(found.off_globe)
@@ -99,9 +98,8 @@ def _radiometry(reader: ShardReader, modality: str, stored: Stored) -> list[str]
         told = sample_json(reader, stored.first[scale, add]).get("radiometry")
         one = told.get(modality) if isinstance(told, dict) else None
         says = one.get("scale_source") if isinstance(one, dict) else None
-        lines.append(
-            f"  value = stored · {scale:g} {'−' if add < 0 else '+'} {abs(add):g} in {count} samples ({says or 'nobody says why'})"
-        )
+        sign = "−" if add < 0 else "+"
+        lines.append(f"  value = stored · {scale:g} {sign} {abs(add):g} in {count} samples ({says or 'nobody says why'})")
     shown = sum(count for _, count in stored.pairs.most_common(_LISTED))
     rest = stored.samples - shown
     return lines + [f"  and other scales and offsets in {rest} samples"] * bool(rest)

@@ -4,10 +4,10 @@ The generator is counter-based: the key (seed, sample id, visit, stream name, in
 finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) in wrapping 64-bit arithmetic.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from swath.shards.identity import hash_text
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -26,12 +26,6 @@ def mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * signed(_MIX1)
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * signed(_MIX2)
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def hash_text(*parts: str) -> int:
-    """A signed 64-bit hash of text, the same on every machine and version: sample ids and stream names."""
-    digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def hashes(seed: int, stream: str, first: int, count: int) -> Tensor:

@@ -111,7 +111,8 @@ def _unit(stack: Stack, look: Look) -> Said:
 
 def _radiometry(look: Look) -> dict[str, Said]:
     says = sorted({stack.said for stack in look.stacks})
-    words = says[0] if len(says) == 1 else f"each file keeps its own; {len(says)} sorts, such as {says[0]}"
+    differ = len(says) > 1 or len({(stack.scale, stack.add) for stack in look.stacks}) > 1
+    words = f"they differ, and each file keeps its own; for instance {says[0]}" if differ else says[0]
     if says == [UNSCALED]:
         return dict.fromkeys(("scale", "add"), Said(f"no file gives one, of {look.of_all()}", True))
     certain = all(s.startswith("file") for s in says)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from swath.shards.archive_recipe import ArchiveRecipe, Entry, brief, read_archive_recipe, write_text
-from swath.shards.bands import InputContract
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
 from swath.shards.evidence import found, main, who_says
@@ -23,12 +22,14 @@ from swath.shards.first_look import SECONDS, Look, counted, look, spread, unders
 from swath.shards.plausibility import check
 from swath.shards.sensors import SENSORS
 from swath.shards.sources.cut import CHIP, WHOLE
+from swath.shards.sources.scene import Stack
 from swath.shards.sources.source import Options
 from swath.shards.work import Seen
 
 RECIPE_FILES = (".yaml", ".yml")
 _CHIPS = 24  # that are decoded
-_DARK = 9  # hundreds of DN: no dark pixel of Sentinel-2 is so bright, unless the offset is in
+# hundreds of DN: no dark pixel of Sentinel-2, and hardly anything in B10, is so bright unless the offset is in
+_HIGH = {"dark": 9, "B10": 8}
 _ZEROS = 0.05  # share of pixels that are 0 in all bands, from which on they look like nodata
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def first_contact(archive: Path, out: Path) -> tuple[ArchiveRecipe, list[str]]:
     values = _values(seen)
     entries = _entries(seen, options, told)
     if values is not None:
-        entries = _judged(seen, values, entries)
+        entries = _Judge(seen, values, entries).judge()
     recipe = ArchiveRecipe(source=str(archive.absolute()), **entries)
     text = write_text(recipe, _head(archive, out, seen, values), main(seen).bands)
     with disk_errors("writing the recipe", out.parent):
@@ -157,61 +158,68 @@ def _values(look: Look) -> Values | None:
     return made if made.chips else None
 
 
-def _judged(look: Look, values: Values, entries: dict[str, Entry[Any]]) -> dict[str, Entry[Any]]:
-    """The entries after a look at decoded values: evidence is added, and what they contradict becomes a guess and a warning."""
-    made = dict(entries)
-    for name, part in look.source.contracts.items():
-        if values.seen.statistics[name].count.any():
-            look.warnings += [f.text for f in check(part, values.seen.statistics[name], values.seen.levels[name])]
-    contract = main(look)
-    low, middle, high = values.seen.statistics[contract.modality].percentiles([1, 50, 99])
-    if look.published is not None or not np.isfinite(high).any():
-        return made
+class _Judge:
+    """Compares the entries with decoded values: evidence is added, and what they contradict becomes a guess and a warning."""
 
-    def add_evidence(name: str, words: str) -> None:
-        if name in made and not made[name].confirm:
-            made[name] = made[name].model_copy(update={"because": f"{made[name].because}; {words}"})
+    def __init__(self, look: Look, values: Values, entries: dict[str, Entry[Any]]) -> None:
+        self.look, self.values, self.entries, self.contract = look, values, dict(entries), main(look)
 
-    def guess(name: str, value: float, words: str) -> None:
-        made[name] = Entry[Any](value=value, because=words, confirm=False)
-        look.warnings.append(f"{name}: {words}; taken as {value:.6g}")
+    def judge(self) -> dict[str, Entry[Any]]:
+        if self.look.published is None and self.values.seen.statistics[self.contract.modality].count.any():
+            self._compare()
+        doubted = any(name in self.entries and self.entries[name].given for name in ("scale", "add"))
+        for name, contract in self.look.source.contracts.items():
+            if self.values.seen.statistics[name].count.any():
+                findings = check(contract, self.values.seen.statistics[name], self.values.seen.levels[name])
+                answered = doubted and name == self.contract.modality
+                self.look.warnings += [f.text for f in findings if not (answered and f.severity == "stop")]
+        return self.entries
 
-    add_evidence("unit", f"values lie from {np.nanmin(low):.4g} to {np.nanmax(high):.4g}")
-    zeros = values.zeros.get(contract.modality, 0.0)
-    empty = f"{zeros:.0%} of the pixels of {values.chips} chips are 0 in all bands"
-    if contract.nodata is None and zeros >= _ZEROS:
-        guess("nodata", 0.0, f"no file declares one, and {empty}")
-    add_evidence("nodata", empty) if contract.nodata is not None else None
-    known = SENSORS.get(contract.sensor)
-    if not look.scenes or known is None or contract.unit != "reflectance" or known.unit != "reflectance":
-        return made
-    stack = look.stacks[0]
-    scale, told = 1.0 if stack.scale is None else stack.scale, stack.said.startswith("file")
-    if not told and stack.dtype == "uint16" and np.nanmax(middle) > 2:
-        bright = (np.nanmax(middle) - stack.add) / scale
-        guess(
-            "scale",
-            1 / 65535,
-            f"half of a band lies above DN {bright:.0f}, too bright for the usual {1 / scale:.6g}",
-        )
-    elif not np.isclose(scale, known.scale):
-        look.warnings.append(
-            f"scale: DN are taken as reflectance · {1 / scale:.6g}, and {known.name}'s are customarily · {1 / known.scale:.6g}"
-        )
-    bright, total = _bright(values, contract)
-    words = f"the darkest 1 % lie at {_DARK * 100} DN or more in {bright} of {total} chips"
-    if bright > 0.9 * total and not stack.said.startswith("file metadata") and made["add"].found == 0.0:
-        guess("add", -0.1, f"{words}: Sentinel-2's offset of 1000 DN seems to be in, and no file says so")
-    elif total:
-        add_evidence("add", words)
-    return made
+    def _add(self, name: str, words: str) -> None:
+        if name in self.entries and not self.entries[name].confirm:
+            entry = self.entries[name]
+            self.entries[name] = entry.model_copy(update={"because": f"{entry.because}; {words}"})
 
+    def _guess(self, name: str, value: float, words: str) -> None:
+        self.entries[name] = Entry[Any](value=value, because=words, confirm=False)
+        self.look.warnings.append(f"{name}: {words}; taken as {value:.6g}")
 
-def _bright(values: Values, contract: InputContract) -> tuple[int, int]:
-    """(Sentinel-2 chips that claim no offset and have no dark pixel, chips that claim none)."""
-    levels = values.seen.levels[contract.modality].seen
-    of = [(kind, step, count) for (offset, kind, step), count in levels.items() if offset == 0]
-    return sum(n for kind, step, n in of if step >= (_DARK if kind == "dark" else _DARK - 1)), sum(n for _, _, n in of)
+    def _compare(self) -> None:
+        low, middle, high = self.values.seen.statistics[self.contract.modality].percentiles([1, 50, 99])
+        self._add("unit", f"values lie from {np.nanmin(low):.4g} to {np.nanmax(high):.4g}")
+        zeros = self.values.zeros.get(self.contract.modality, 0.0)
+        empty = f"{zeros:.0%} of the pixels of {self.values.chips} chips are 0 in all bands"
+        if self.contract.nodata is not None:
+            self._add("nodata", empty)
+        elif zeros >= _ZEROS:
+            self._guess("nodata", 0.0, f"no file declares one, and {empty}")
+        known = SENSORS.get(self.contract.sensor)
+        if not self.look.scenes or known is None or self.contract.unit != "reflectance" or known.unit != "reflectance":
+            return
+        stack = self.look.stacks[0]
+        scale = 1.0 if stack.scale is None else stack.scale
+        if not stack.said.startswith("file") and stack.dtype == "uint16" and np.nanmax(middle) > 2:
+            stored = (np.nanmax(middle) - stack.add) / scale
+            words = f"half of a band lies above DN {stored:.0f}, too bright for the usual {1 / scale:.6g}"
+            self._guess("scale", 1 / 65535, words)
+            return
+        if not np.isclose(scale, known.scale):
+            usual = f"{known.name}'s are customarily · {1 / known.scale:.6g}"
+            self.look.warnings.append(f"scale: DN are taken as reflectance · {1 / scale:.6g}, and {usual}")
+        self._offset(stack)
+
+    def _offset(self, stack: Stack) -> None:
+        """Whether chips that claim no offset are nowhere dark."""
+        levels = self.values.seen.levels[self.contract.modality].seen
+        steps = [(kind, step, count) for (add, kind, step), count in levels.items() if add == 0]
+        total, bright = sum(n for _, _, n in steps), sum(n for kind, step, n in steps if step >= _HIGH[kind])
+        cirrus = any(kind == "B10" for kind, _, _ in steps)
+        what = f"the median of B10 lies at {_HIGH['B10'] * 100}" if cirrus else f"the darkest 1 % lie at {_HIGH['dark'] * 100}"
+        words = f"{what} DN or more in {bright} of {total} chips"
+        if total and bright > 0.9 * total and not stack.said.startswith("file metadata"):
+            self._guess("add", -0.1, f"{words}: Sentinel-2's offset of 1000 DN seems to be in, and no file says so")
+        elif total:
+            self._add("add", words)
 
 
 def _head(archive: Path, out: Path, look: Look, values: Values | None) -> list[str]:

@@ -171,7 +171,7 @@ def _look_at_scenes(archive: Path, kind: type[Scenes], options: Options) -> Look
     if kind is Rasters:
         scenes, raw, units, warnings = _some_rasters(archive, options)
     else:
-        scenes, raw, units, warnings = *_some_products(archive, kind, options), []
+        scenes, raw, units, warnings = _some_products(archive, kind, options)
     broken = [f"{scene.lookup}: {scene.broken}" for scene in scenes if scene.broken is not None]
     if broken:
         warnings.append(f"{len(broken)} of {len(scenes)} scenes cannot be opened: {'; '.join(broken[:3])}")
@@ -193,7 +193,7 @@ def _look_at_scenes(archive: Path, kind: type[Scenes], options: Options) -> Look
         warnings.append(f"scenes are in {len(crs)} reference systems: {counted(crs)}; each keeps its own")
     base = archive if archive.is_dir() else archive.parent
     source = Scenes(base, options, kind.__name__.lower(), alike, [])
-    warnings += [note for note in source.notes if not note.startswith("scale of ")]
+    warnings += [note for note in source.notes if not note.startswith("scale of ") and note not in warnings]
     return Look(source, kind.__name__.lower(), units, len(scenes), raw, warnings)
 
 
@@ -245,7 +245,7 @@ def _unnamed(paths: list[Path]) -> _Unnamed | None:
         return None
 
 
-def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple[list[Scene], dict[str, Stack], int]:
+def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple[list[Scene], dict[str, Stack], int, list[str]]:
     """Products are opened one by one, each by its own path."""
     files = [archive] if archive.is_file() or is_safe(archive) else files_below(archive).paths
     if kind is Safe and files != [archive]:
@@ -258,6 +258,7 @@ def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple
         units = [archive]
     build: Any = kind  # of the sources that take a path
     scenes: dict[str, Scene] = {}
+    notes: dict[str, None] = {}
     troubles = []
     started = time.monotonic()
     for unit in spread(units, _FILES):
@@ -266,11 +267,12 @@ def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple
         try:
             opened = build(unit, options)
             scenes |= {scene.name: scene for scene in opened.scenes}
+            notes |= dict.fromkeys(note for note in opened.notes if not note.startswith("scale of "))
         except InputError as error:
             troubles.append(error)
     if not scenes:
         raise troubles[0]
-    return list(scenes.values()), {}, max(len(units), len(scenes))
+    return list(scenes.values()), {}, max(len(units), len(scenes)), [*notes, *(str(error) for error in troubles)]
 
 
 def _recognised(archive: Path) -> Look | None:

@@ -1,7 +1,8 @@
 """`swath shard`: imagery → tar shards, index, statistics and manifest (DESIGN §2.2), atomically and restartably.
 
 Everything is built in a sibling folder `.<out>.partial` and appears in one rename. Samples lie in the order of the hash of
-their key, so that a shard is not one class and shuffling inside windows mixes well.
+their key, so that a shard is not one class and shuffling inside windows mixes well; chips of one part of a scene stay together,
+since decoding a tile of JPEG 2000 for each of them would take days.
 """
 
 import hashlib
@@ -21,9 +22,9 @@ from tqdm import tqdm
 from swath.shards import packer
 from swath.shards.bands import InputContract, Normalisation
 from swath.shards.blocks import assign_blocks
-from swath.shards.draw import hash_text
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder
+from swath.shards.identity import hash_text
 from swath.shards.index import Index, columns_of
 from swath.shards.journal import FOLDER, Unfinished, building
 from swath.shards.manifest import NAME, BandStatistics, Manifest, read_manifest
@@ -96,7 +97,7 @@ def plan_of(source: Path, options: Options, recipe: str | None, split: Path | Bl
     jobs = drawn(jobs, opened.dataset, selection, left_out)
     if not jobs:
         raise InputError(f"no sample of {source} is left: {'; '.join(told(left_out))}")
-    jobs.sort(key=lambda job: (hash_text(opened.dataset, job.key), job.key))
+    jobs.sort(key=lambda job: (hash_text(opened.dataset, job.item.near or job.key), hash_text(opened.dataset, job.key), job.key))
     names = sorted({job.split for job in jobs})
     return Plan(opened, {name: [job for job in jobs if job.split == name] for name in names}, classes, left_out)
 

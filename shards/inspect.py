@@ -4,6 +4,7 @@ What comes from a manifest or a sample is shown without its control characters, 
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def _sheets(split: str, reader: ShardReader, found: Survey) -> tuple[dict[str, I
 def _write(path: Path, picture: Image.Image | Figure) -> None:
     data = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(data, format="png", bbox_inches="tight", pad_inches=0.15)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name may have letters that the font lacks
+            picture.savefig(data, format="png", bbox_inches="tight", pad_inches=0.15)
     else:
         picture.save(data, "PNG")
     write_bytes(path, data.getvalue())

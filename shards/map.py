@@ -71,11 +71,14 @@ def draw_map(readers: dict[str, ShardReader], surveys: dict[str, Survey]) -> Fig
         for turn in (-360, 0, 360):
             x = np.array([west, east, east, west, west]) + turn
             axes[0].plot(x, (south, south, north, north, south), color="black", linewidth=0.8)
-    drawn = "" if step == 1 else f", every {step}th is drawn"
+    drawn = "" if step == 1 else f", one in {step} is drawn"
     figure.suptitle(f"{total:,} samples with a position{drawn}", fontsize=11)
     if by:
-        handles = [axes[0].scatter([], [], s=30, color=group.colour, label=group.name) for group in groups]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(groups), 5), fontsize=9, frameon=False)
+        handles = [axes[0].scatter([], [], s=30, color=group.colour) for group in groups]
+        names = [group.name for group in groups]
+        legend = figure.legend(handles, names, loc="outside lower center", ncols=min(len(groups), 5), fontsize=9, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may hold a $
     return figure
 
 
@@ -103,10 +106,9 @@ def _coloured(named: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Group]:
 
 
 def _short(name: str) -> str:
-    """As a legend can hold it; `$` would be read as mathematics, and a leading `_` hides an entry."""
-    plain = "".join(c if c.isprintable() else "?" for c in name.replace("$", "＄"))
-    plain = f" {plain}" if plain.startswith("_") else plain
-    return plain if len(plain) <= 30 else plain[:29] + "…"
+    """As a legend can hold it."""
+    plain = "".join(c if c.isprintable() else "?" for c in name[:30])
+    return plain + "…" * (len(name) > 30)
 
 
 def _window(lat: np.ndarray, lon: np.ndarray) -> tuple[float, float, float, float]:
@@ -134,7 +136,7 @@ def _panel(axes: Axes, groups: list[Group], window: _Window, *, coloured: bool) 
     centre = (x[0] + x[1]) / 2
     axes.set(xlim=x, ylim=y)
     if y[1] - y[0] > _COARSE:
-        land = [piece + (turn, 0) for piece in outlines() for turn in (-360, 0, 360)]
+        land = [piece + np.array([turn, 0]) for piece in outlines() for turn in (-360, 0, 360)]
         axes.add_collection(PolyCollection(land, facecolor="#ECE7DC", edgecolor="#B9B09C", linewidth=0.5, zorder=0))
         axes.set_facecolor("#F6FAFC")
     axes.grid(color="#BFC9CF", linewidth=0.4, zorder=0.5)

@@ -21,8 +21,8 @@ from swath.shards.reader import VALID_CLEAR, Chips, Stored
 class Batch:
     """images {modality: (B, C, H, W)} normalised, 0 where invalid, of a series (B, dates · C, H, W) date after date;
     valid {modality: (B, 1, H, W)}, of a series (B, dates, H, W), bool, without an entry where every pixel is;
-    id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count. meta {gsd_m, lat, lon, time} float64, NaN where
-    unknown: metres per pixel after cropping and resizing, degrees of the crop's centre, UTC seconds since 1970 (a series: (B, T)).
+    id, visit (B,) int64; weight (B,) float32, 0 for samples that must not count. meta {gsd_m, lat, lon, time} (B,) float64, NaN
+    where unknown: metres per pixel after cropping and resizing, degrees of the crop's centre, UTC seconds since 1970 (B, dates).
     wavelength_nm {modality: (bands,)} float64, NaN for a band that has none."""
 
     images: dict[str, Tensor]

@@ -167,7 +167,7 @@ class ShardReader:
         return json.loads(bytes(self._bytes(number, "json", self._members(number, "json").item())))
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Shards of a remote folder that will be needed, in the order of need; where there are many, those named first give way."""
+        """Shards of a remote folder that will be needed, in that order; where there are many, those named first give way."""
         if all(name in self._ahead for name in names):
             return
         shards = {shard.name: shard for shard in self.manifest.shards}

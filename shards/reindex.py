@@ -250,8 +250,8 @@ class _Scan:
         if codes is not None and len(codes) not in (1, seen.dates):
             raise _Bad(f"{where} has a validity mask of {len(codes)} dates, others of {seen.dates}; remove the sample")
         if pixels.dtype.kind == "f":  # a pixel that is not finite in one band is nodata in all
-            finite = np.isfinite(pixels.reshape(seen.dates, -1, *pixels.shape[1:])).all(axis=1).astype(np.uint8)
-            codes = finite if codes is None else np.multiply(codes, finite)
+            finite = np.asarray(np.isfinite(pixels.reshape(seen.dates, -1, *pixels.shape[1:])).all(axis=1))
+            codes = finite.astype(np.uint8) if codes is None else np.where(finite, codes, 0)
         return seen, pixels, codes
 
     def contracts(self) -> dict[str, InputContract]:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from swath.shards.errors import InputError
 
+T = TypeVar("T")
 BLOCK = 4 << 20
 _EXTRAS = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs"}
 _SECRETS = "credentials come from ~/.netrc (https), the environment or ~/.aws (s3), gcloud (gs), never from an address"
@@ -48,6 +49,16 @@ class Patience:
         return min(self.longest_wait, self.first_wait * 2 ** (attempt - 1)) * (0.5 + jitter / 2)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a server says of a file: its bytes, a word that changes with its content (an ETag or a time, else ""), and whether
+    it gives parts of it."""
+
+    size: int
+    version: str = ""
+    parts: bool = True
+
+
 class Closed(Exception):
     """The store was closed while something was on its way."""
 
@@ -66,14 +77,14 @@ def _checked(place: str) -> str:
         parts = urlsplit(place)
         host = parts.hostname
     except ValueError as error:
-        raise InputError(f"an address of shards cannot be read ({error}); right would be https://host/folder") from None
+        raise InputError(f"an address cannot be read ({error}); right would be https://host/folder") from None
     where = f"{parts.scheme}://{host or ''}"
     if parts.scheme not in _EXTRAS or "::" in place:
-        raise InputError(f"{where}…: shards are read from a folder, s3://, gs://, https:// or http://")
+        raise InputError(f"{where}…: what can be read is a folder, s3://, gs://, https:// or http://")
     if "@" in parts.netloc:
         raise InputError(f"{where}: {_SECRETS}")
     if parts.query or parts.fragment:
-        raise InputError(f"{where}{parts.path}: an address of shards has nothing behind ? or #; {_SECRETS}")
+        raise InputError(f"{where}{parts.path}: an address has nothing behind ? or #; {_SECRETS}")
     if not host or re.search(r"[\s\x00-\x1f]", place):
         raise InputError(f"{place!r} is no address of a folder; right would be {parts.scheme}://host-or-bucket/folder")
     return place.rstrip("/")
@@ -94,7 +105,7 @@ def _open_filesystem(scheme: str, patience: Patience) -> Any:
             options["config_kwargs"] = {**limits, **conf.get("s3", {}).get("config_kwargs", {})}
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError as error:
-        raise InputError(f"shards at {scheme}:// need {error.name or error}: pip install 'swath[{_EXTRAS[scheme]}]'") from None
+        raise InputError(f"files at {scheme}:// need {error.name or error}: pip install 'swath[{_EXTRAS[scheme]}]'") from None
     if scheme == "s3":
         filesystem.retries = 1
     return filesystem
@@ -183,6 +194,69 @@ class Remote:
             except Exception as error:  # each back end has its own
                 attempts.failed(error, 0)
 
+    def facts(self, name: str) -> Facts:
+        """Of a file; InputError as `stream`."""
+        return self._patiently(self.address(name), 0, lambda: self._facts(name))
+
+    def files(self, folder: str) -> dict[str, Facts]:
+        """By name, all files of a bucket below `folder`, or the one file of that name. InputError as `stream`."""
+        address = f"{self.address(folder)}".rstrip("/")
+        seconds = 10 * self.patience.deadline  # a million names are a thousand answers
+        found = self._patiently(address, 0, lambda: self._files.find(address, detail=True, timeout=seconds))
+        return {name.partition("/")[2]: _facts_of(info) for name, info in found.items()}
+
+    def links(self, folder: str) -> list[str]:
+        """Names, those of folders with a slash at the end, that an index page of HTTP leads to. InputError as `stream`."""
+        address = f"{self.address(folder).rstrip('/')}/"
+        ask = lambda: self._files.ls(address, detail=False, timeout=self.patience.timeout)  # noqa: E731
+        return [link.removeprefix(f"{self.place}/") for link in self._patiently(address, 0, ask)]
+
+    def part(self, name: str, start: int, end: int, version: str = "") -> bytes:
+        """Bytes `start` to `end` of a file. InputError as `stream`, and where HTTP says that it is no longer the `version`."""
+        seconds = self.patience.timeout + (end - start) / self.patience.min_speed
+
+        def ask() -> bytes:
+            if self.scheme not in ("http", "https"):
+                data = self._files.cat_file(self.address(name), start=start, end=end, timeout=seconds)
+            else:
+                with closing(self._get(name, start, end)) as answer:
+                    if answer.r.status != 206:
+                        raise InputError(f"{self.address(name)}: its server gives no parts of it any more; start again")
+                    if version and _version(answer.r.headers) != version:
+                        raise InputError(f"{self.address(name)} has changed while it was read; start again")
+                    data = b"".join(self._watched(self._body(answer)))
+            if len(data) != end - start:
+                raise _Failed(f"{len(data)} bytes come instead of {end - start}")
+            return data
+
+        return self._patiently(self.address(name), end - start, ask)
+
+    def _facts(self, name: str) -> Facts:
+        if self.scheme not in ("http", "https"):
+            return _facts_of(self._files.info(self.address(name), timeout=self.patience.timeout))
+        try:
+            answer = self._get(name, 0, 1)
+        except Exception as error:
+            if getattr(error, "status", None) != 416:
+                raise
+            answer = self._get(name, 0)  # an empty file has no first byte
+        with closing(answer):
+            partial, size = answer.r.status == 206, answer.r.content_length
+            if partial:
+                total = answer.r.headers.get("Content-Range", "").rpartition("/")[2]
+                size = int(total) if total.isdigit() else None
+            if size is None:
+                raise InputError(f"{self.address(name)}: its server does not say how long it is; use a server of plain files")
+            return Facts(size, _version(answer.r.headers), partial)
+
+    def _patiently(self, address: str, size: int, ask: Callable[[], T]) -> T:
+        attempts = _Attempts(self, address, size)
+        while True:
+            try:
+                return ask()
+            except Exception as error:  # each back end has its own
+                attempts.failed(error, 0)
+
     def stream(self, name: str, *, limit: int, size: int | None = None, digest: str | None = None) -> Iterator[tuple[int, bytes]]:
         """(offset, data) of one file in order; after a failure it goes on where it was, or begins again at offset 0.
 
@@ -218,16 +292,17 @@ class Remote:
                 if digest is None:  # nothing would tell that the two halves are of one file
                     have, hasher = 0, sha256()
 
-    def _get(self, name: str, start: int) -> Any:
-        """An HTTP answer from byte `start` on, its body not yet read."""
+    def _get(self, name: str, start: int, end: int | None = None) -> Any:
+        """An HTTP answer from byte `start` on, up to `end`, its body not yet read."""
         import aiohttp
 
         seconds = self.patience.timeout
+        part = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         return self._files.open(
             self.address(name),
             block_size=0,  # one stream: not every server knows ranges
             size=1,  # unused by a stream; spares a HEAD request
-            headers={"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {}),
+            headers={"Accept-Encoding": "identity"} | part,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds),
         )
 
@@ -267,6 +342,16 @@ class Remote:
                         raise TimeoutError(f"only {got / waited:.0f} bytes/s come in")
                     got, waited = 0, 0.0
                 yield data
+
+
+def _facts_of(info: dict[str, Any]) -> Facts:
+    """fsspec's, of S3 or GCS."""
+    said = (info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "updated"))
+    return Facts(int(info.get("size") or 0), str(next((word for word in said if word), "")))
+
+
+def _version(headers: Any) -> str:
+    return headers.get("ETag") or headers.get("Last-Modified") or ""
 
 
 def _words(error: Exception) -> str:

@@ -113,9 +113,8 @@ def _pictures(reader: ShardReader, number: int, contract: InputContract, dates: 
         or (codes is not None and codes.shape[1:] != size)
     ):
         mask = "" if codes is None else f" with a mask {codes.shape}"
-        raise InputError(
-            f"sample {reader.index.key(number)} is damaged: {name} of shape {stored.shape}{mask}, not {contract.channels} channels"
-        )
+        what = f"{name} of shape {stored.shape}{mask}, not {contract.channels} channels"
+        raise InputError(f"sample {reader.index.key(number)} is damaged: {what}")
     step = max(1, max(size) // (2 * CELL))
     row = reader.index.members[number, reader.index.columns.index(name)]
     view = view_of(contract)

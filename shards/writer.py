@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from swath.shards.draw import hash_text
+from swath.shards.identity import hash_text
 from swath.shards.index import FORMATS, MEMBER, NO_TIME, SAMPLE
 from swath.shards.manifest import Shard
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import encode_npy
-from swath.shards.draw import hash_text
+from swath.shards.identity import hash_text
 from swath.shards.index import MEMBER, NO_TIME, SAMPLE, VALID, Index, columns_of
 from swath.shards.manifest import Manifest, Shard
 from swath.shards.writer import Member, Place, Rows, ShardWriter

@@ -4,6 +4,7 @@ Within a chunk everything but h = a h + b is one call over all its steps. The st
 recomputes a chunk from it. Letters as in `reference.py`; e is a channel within its group. Tensors are (T, S, G, N, E).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from swath.kernels.scan.op import KEEP
 from swath.kernels.scan.reference import Scan, check_contents, visits
 
 STEPS = KEEP["cpu"]
-# Elements of (T, S, G, N, E) at a time; three such buffers are in use. More means fewer calls, and is for large inputs.
-_BLOCK = (1 << 18, 1 << 20)
+# Elements of (T, S, G, N, E) at a time; backward has three such buffers, forward two. More means fewer calls, and is for large
+# inputs.
+_BLOCK = (5 << 16, 1 << 20)
 # Of these, what a thread must have to be worth waking: with less, two threads gain a fifth, and lose much on a busy machine.
-_PER_THREAD = 1 << 17
+_PER_THREAD = 1 << 18
 
 
 def forward(x: Scan, softplus: bool, reverse: bool, summed: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y in the dtype of u, last state (K, S, D, N), states before every chunk (K, kept, D, N), none unless `save`)."""
     check_contents(x.order, x.cu_seqlens, x.delta.shape[2])
-    plan = _Plan(x, softplus, reverse)
+    plan = _Plan(x, softplus, reverse, STEPS if save else None, buffers=2)
     with plan.threads():
         return _forward(plan, summed, save)
 
@@ -44,8 +46,7 @@ def _forward(plan: "_Plan", summed: bool, save: bool) -> tuple[Tensor, Tensor, T
                 if save:
                     plan.keep(kept[k], chunk, state)
                 _, h = chunk.run(direction, state[: chunk.rows])
-                y_tsd = chunk.output(direction, h)
-                y_kmd[0 if summed else k].index_add_(0, chunk.place, y_tsd.flatten(0, 1))
+                chunk.put(y_kmd[0 if summed else k], chunk.output(direction, h), more=summed and k > 0)
                 state[: chunk.rows] = h[-1]
             last_ksdn[k, block] = state.transpose(2, 3).flatten(1, 2)
     y = y_kmd.unflatten(1, (batch, length))
@@ -56,7 +57,7 @@ def backward(
     x: Scan, softplus: bool, reverse: bool, summed: bool, kept: Tensor, dy: Tensor, dlast: Tensor | None
 ) -> dict[str, Tensor]:
     """{argument: gradient, in the form of `Scan` and in its argument's dtype}; dy as y, dlast (K, S, D, N) as the last state."""
-    plan = _Plan(x, softplus, reverse)
+    plan = _Plan(x, softplus, reverse, STEPS, buffers=3)
     with plan.threads():
         return _backward(plan, softplus, summed, kept, dy, dlast)
 
@@ -78,7 +79,7 @@ def _backward(plan: "_Plan", softplus: bool, summed: bool, kept: Tensor, dy: Ten
         dskip_d, dbias_d = torch.zeros(width, dtype=plan.dtype), torch.zeros(width, dtype=plan.dtype)
         for block in plan.blocks():
             carry = plan.layout(dlast[k, block]) if dlast is not None else torch.zeros_like(plan.initial(k, block))
-            for chunk in reversed(list(plan.chunks(k, block))):
+            for chunk in plan.chunks(k, block, last_first=True):
                 state, rows = plan.kept_state(kept[k], chunk), chunk.rows
                 a, h = chunk.run(direction, state)
                 dy_tsd = dy_kmd[0 if summed else k].index_select(0, chunk.place).to(plan.dtype).view(chunk.shape)
@@ -87,7 +88,7 @@ def _backward(plan: "_Plan", softplus: bool, summed: bool, kept: Tensor, dy: Ten
                     gate = torch.sigmoid(chunk.z)
                     slope = gate * (1 + chunk.z * (1 - gate))
                     dz = dy_tsd * slope * chunk.output(direction, h, gated=False)
-                    mine["z"].index_add_(0, chunk.place, dz.flatten(0, 1))
+                    chunk.put(mine["z"], dz, more=k > 0)
                     dy_tsd = dy_tsd * (gate * chunk.z)
                 grads, carry[:rows] = chunk.gradients(direction, state, a, h, dy_tsd, carry[:rows])
                 da_gne += grads.pop("A")
@@ -99,7 +100,7 @@ def _backward(plan: "_Plan", softplus: bool, summed: bool, kept: Tensor, dy: Ten
                 if direction.skip_d is not None:
                     grads["u"] += dy_tsd * direction.skip_d
                 for name, grad in grads.items():
-                    mine[name].index_add_(0, chunk.place, grad.flatten(0, 1))
+                    chunk.put(mine[name], grad, more=name == "u" and len(x.u) == 1 and k > 0)
             if x.initial_state is not None:
                 made["initial_state"][k, block] = carry.transpose(2, 3).flatten(1, 2)
         made["A"][k] = da_gne.transpose(1, 2).flatten(0, 1)
@@ -114,6 +115,7 @@ class _Direction:
     """What all chunks of a direction share."""
 
     a_gne: Tensor
+    doubling_gne: Tensor  # A log2(e): exp(dt A) = 2 ** (dt A log2(e)), and torch's exp2 takes a third of its exp's time
     skip_d: Tensor | None
 
 
@@ -123,7 +125,8 @@ class _Chunk:
 
     place: Tensor  # (T·S,) in the flattened (B·L) tensors; absent ones point at 0 and carry zeros
     present: Tensor | None  # (T, S, 1)
-    slots: Tensor  # (S,) where the state before this chunk is kept
+    first: int  # step
+    numbers: Tensor  # (S,) of the sequences
     u: Tensor  # (T, S, D)
     raw: Tensor  # (T, S, D) delta with its bias
     dt: Tensor  # (T, S, D)
@@ -143,7 +146,7 @@ class _Chunk:
     def run(self, direction: _Direction, state: Tensor) -> tuple[Tensor, Tensor]:
         """(a = exp(dt A), the state after each step)."""
         a, h = self._buffer(0, direction), self._buffer(1, direction)
-        torch.mul(self._rows(self.dt), direction.a_gne, out=a).exp_()
+        torch.mul(self._rows(self.dt), direction.doubling_gne, out=a).exp2_()
         torch.mul(self._rows(self.dt * self.u), self.b[..., None], out=h)
         before = state
         for a_t, h_t in zip(a, h, strict=True):
@@ -180,6 +183,15 @@ class _Chunk:
         grads["A"] = exponent.mul_(self._rows(self.dt)).sum(dim=(0, 1))
         return grads, before
 
+    def put(self, into_m: Tensor, value_ts: Tensor, more: bool) -> None:
+        """Into rows of a (M, …) tensor, which are zero unless `more` says that there may be something to add to."""
+        value_m = value_ts.flatten(0, 1)
+        if self.present is not None:
+            into_m.index_add_(0, self.place, value_m)
+            return
+        # each place once, which index_add_ cannot know and pays for
+        into_m.index_copy_(0, self.place, value_m + into_m.index_select(0, self.place) if more else value_m)
+
     def zeroed(self, tensor: Tensor) -> Tensor:
         return tensor if self.present is None else torch.where(self.present, tensor, 0.0)
 
@@ -197,7 +209,8 @@ class _Chunk:
 class _Plan:
     """Which sequences go together, and in which steps."""
 
-    def __init__(self, x: Scan, softplus: bool, reverse: bool) -> None:
+    def __init__(self, x: Scan, softplus: bool, reverse: bool, steps: int | None, buffers: int) -> None:
+        """steps: of a chunk; None: as many as there is room for."""
         self.x, self.softplus = x, softplus
         self.dtype = torch.float64 if x.u.dtype == torch.float64 else torch.float32
         self.place_kst = visits(x, reverse)
@@ -214,14 +227,16 @@ class _Plan:
             self.length_s, first_s = x.cu_seqlens.long().diff(), x.cu_seqlens[:-1].long()
         self.slot_s = first_s // STEPS + torch.arange(self.sequences)
         self.by_length = self.length_s.argsort(descending=True, stable=True)
-        count = min(self.per_block, self.sequences) * min(STEPS, self.longest) * width * self.states
-        self.buffers = tuple(torch.empty(count, dtype=self.dtype) for _ in range(3))
+        self.step = min(self.per_block, self.sequences) * width * self.states
+        self.steps = steps or max(STEPS, _BLOCK[1] // max(1, self.step))
+        count = self.step * min(self.steps, self.longest)
+        self.buffers = tuple(torch.empty(count, dtype=self.dtype) for _ in range(buffers))
 
     @contextmanager
     def threads(self) -> Iterator[None]:
-        """As many of torch's threads as a block feeds."""
+        """As many of torch's threads as the usual steps feed."""
         before = torch.get_num_threads()
-        torch.set_num_threads(max(1, min(before, len(self.buffers[0]) // _PER_THREAD)))
+        torch.set_num_threads(max(1, min(before, self.step * STEPS // _PER_THREAD)))
         try:
             yield
         finally:
@@ -230,7 +245,7 @@ class _Plan:
     def direction(self, k: int) -> _Direction:
         a_gne = self.x.A[k].to(self.dtype).unflatten(0, (self.groups, -1)).transpose(1, 2).contiguous()
         skip = self.x.D
-        return _Direction(a_gne, None if skip is None else skip[min(k, len(skip) - 1)].to(self.dtype))
+        return _Direction(a_gne, a_gne * math.log2(math.e), None if skip is None else skip[min(k, len(skip) - 1)].to(self.dtype))
 
     def blocks(self) -> Iterator[Tensor]:
         """Sequence numbers, longest first."""
@@ -250,12 +265,16 @@ class _Plan:
         return torch.zeros(len(block), self.groups, self.states, width // self.groups, dtype=self.dtype)
 
     def keep(self, kept: Tensor, chunk: _Chunk, state: Tensor) -> None:
-        kept[chunk.slots] = state[: chunk.rows].transpose(2, 3).flatten(1, 2)
+        kept[self._slots(chunk)] = state[: chunk.rows].transpose(2, 3).flatten(1, 2)
 
     def kept_state(self, kept: Tensor, chunk: _Chunk) -> Tensor:
-        return self.layout(kept[chunk.slots])
+        return self.layout(kept[self._slots(chunk)])
 
-    def chunks(self, k: int, block: Tensor) -> Iterator[_Chunk]:
+    def _slots(self, chunk: _Chunk) -> Tensor:
+        """(S,) where the states before this chunk are kept."""
+        return self.slot_s[chunk.numbers] + chunk.first // STEPS
+
+    def chunks(self, k: int, block: Tensor, last_first: bool = False) -> Iterator[_Chunk]:
         """The chunks of a block; sequences that have ended are left out."""
         x = self.x
         place_st = self.place_kst[min(k, len(self.place_kst) - 1)][block]
@@ -269,9 +288,10 @@ class _Plan:
                 taken.masked_fill_(~present.reshape(-1, *(1,) * tail), 0.0)
             return taken
 
-        for first in range(0, int(length_s[0]), STEPS):
-            rows = int((length_s > first).sum())
-            place_ts = place_st[:rows, first : first + STEPS].T
+        firsts = range(0, int(length_s[0]), self.steps)
+        for first in reversed(firsts) if last_first else firsts:
+            rows = len(block) if x.cu_seqlens is None else int((length_s > first).sum())
+            place_ts = place_st[:rows, first : first + self.steps].T
             steps = len(place_ts)
             present = None
             if x.mask is not None or x.cu_seqlens is not None:
@@ -290,5 +310,4 @@ class _Plan:
             if present is not None:
                 present = present[..., None]
                 dt = torch.where(present, dt, 0.0)
-            slots = self.slot_s[block[:rows]] + first // STEPS
-            yield _Chunk(places, present, slots, u, raw, dt, b, c, z, self.buffers)
+            yield _Chunk(places, present, first, block[:rows], u, raw, dt, b, c, z, self.buffers)

@@ -275,20 +275,19 @@ def _extension(name: str) -> str:
 def _contract(
     pile: Pile, items: list[Item], name: str, options: Options, sensor: str, level: str, gsd_m: float | None
 ) -> InputContract:
-    """From the first image that can be read; RGB, or bands that the user has named."""
-    reason = ""
+    """RGB, or the bands that the user has named; images of another number are bad, as grey ones among colour."""
+    names, reason = options.bands or RGB, ""
     for item in items:
         try:
             pixels = _decoded(pile, item.place[0])[1]
         except DecodeError as error:
             reason = reason or str(error)
             continue
-        names = options.bands or (RGB if len(pixels) == 3 else ())
-        if len(names) != len(pixels):
-            raise InputError(f"{pile.path}: {item.place[0]} has {describe(pixels)}; give --bands with {len(pixels)} names")
-        bands = [band(n, SENSORS.get(sensor) if options.bands else None) for n in names]
-        return contract(
-            "rgb" if len(pixels) == 3 else "image", bands, str(pixels.dtype), sensor=sensor, level=level,
-            unit="digital number", gsd_m=gsd_m,
-        )  # fmt: skip
-    raise InputError(f"none of the {len(items)} images of {name} in {pile.path} can be decoded ({reason})")
+        if len(names) == len(pixels):
+            bands = [band(n, SENSORS.get(sensor) if options.bands else None) for n in names]
+            return contract(
+                "rgb" if len(pixels) == 3 else "image", bands, str(pixels.dtype), sensor=sensor, level=level,
+                unit="digital number", gsd_m=gsd_m,
+            )  # fmt: skip
+        reason = reason or f"{item.place[0]} has {describe(pixels)}; --bands would name them"
+    raise InputError(f"{pile.path}: none of the {len(items)} images of {name} can be decoded to {len(names)} bands ({reason})")

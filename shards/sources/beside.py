@@ -12,6 +12,7 @@ import numpy as np
 
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
+from swath.shards.sources.parts import reached
 from swath.shards.sources.scene import open_raster, raster_errors
 
 LANDCOVER, VALID, SAR, CHANGE, METADATA = "_landcover", "_valid", "_sar", "_change", "_labels_metadata.json"
@@ -59,7 +60,7 @@ def read_beside(name: str, beside: dict[str, Path], bounds: tuple[float, ...]) -
         if path is None:
             continue
         try:
-            with open_raster(str(path)) as file:
+            with reached(), open_raster(str(path)) as file:
                 wanted = ("uint8",) if path is mask else ("uint8", "uint16")
                 if path is not sar and (file.count != 1 or file.dtypes[0] not in wanted):
                     raise InputError(

@@ -18,11 +18,13 @@ import numpy as np
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import MAX_VALUES, DecodeError
 from swath.shards.errors import InputError
+from swath.shards.sources.parts import reached
 from swath.shards.sources.scene import UNSCALED, Grid, Mask, Scene, Stack, grid_of, load_rasterio, open_raster, raster_errors
 from swath.shards.sources.source import Item, Options, Part, Sample
 
 WHOLE = 256  # px: files up to this size are samples themselves unless --chip says otherwise
 CHIP = 64
+NEAR = 1024  # px: chips of one such square are read one after another; a tile of JPEG 2000 has this side
 _NODATA, _CLEAR, _CLOUD, _SHADOW = 0, 1, 2, 3
 # Sentinel-2's classification: nothing, saturated; cloud shadow; clouds of medium and high probability, thin cirrus.
 _SCL = np.full(256, _CLEAR, np.uint8)
@@ -99,13 +101,14 @@ class Scenes:
         nodata = None if stack is None else self.contracts[stack.modality].nodata
         here = (self.fingerprint, os.getpid(), threading.get_ident())  # GDAL's datasets survive neither a fork nor a thread
         try:
-            if not exact:
-                file = _open(path, here, grid, resampling, nodata)
-                return file.read(window=((top, top + height), (left, left + width)))
-            file = _open(path, here, None, "nearest", None)
-            rows = (2 * np.arange(top, top + height) + 1) * file.height // (2 * grid.height)
-            columns = (2 * np.arange(left, left + width) + 1) * file.width // (2 * grid.width)
-            read = file.read(window=((int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)))
+            with reached():
+                if not exact:
+                    file = _open(path, here, grid, resampling, nodata)
+                    return file.read(window=((top, top + height), (left, left + width)))
+                file = _open(path, here, None, "nearest", None)
+                rows = (2 * np.arange(top, top + height) + 1) * file.height // (2 * grid.height)
+                columns = (2 * np.arange(left, left + width) + 1) * file.width // (2 * grid.width)
+                read = file.read(window=((int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)))
         except self._errors as error:
             raise DecodeError(f"{path.rpartition('/')[2]}: {error.__cause__ or error}") from None
         return read[:, rows - rows[0]][:, :, columns - columns[0]]
@@ -177,7 +180,8 @@ class Scenes:
         for i, (y, x) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
             lat, lon = (None, None) if places is None else (float(places[0][i]), float(places[1][i]))
             key = scene.name if len(tops) == 1 else f"{scene.name}_y{y:05d}_x{x:05d}"
-            yield Item(key, scene.lookup, None, (number, y, x, height, width), None, lat, lon, scene.time, scene.cloud)
+            place, near = (number, y, x, height, width), f"{scene.name} {y // NEAR} {x // NEAR}"
+            yield Item(key, scene.lookup, None, place, None, lat, lon, scene.time, scene.cloud, near)
 
     def _check_alike(self, scenes: list[Scene]) -> None:
         firsts: dict[str, tuple[Scene, Stack]] = {}

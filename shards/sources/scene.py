@@ -15,6 +15,7 @@ from swath.shards.bands import Band, Unit
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
 from swath.shards.sensors import split_band
+from swath.shards.sources.parts import closed_at_exit, opener_of, reached
 
 MAX_PIXELS = 1 << 34  # of a scene, 131,072 × 131,072: what declares more is a bomb or wants to be cut before
 MAX_BLOCK = 1 << 30  # bytes that must be decoded at once to see one pixel
@@ -171,19 +172,23 @@ def raster_errors() -> tuple[type[Exception], ...]:
 def open_raster(path: str) -> Any:
     """rasterio's dataset, by the one driver that the name asks for: what a file holds does not choose the code that reads it.
 
-    That a file has no georeference is told once for all, not by a warning each.
+    That a file has no georeference is told once for all, not by a warning each. A file that is on a server is read in parts;
+    put `reached` around what is done with it.
     """
     rasterio = load_rasterio()
     suffix = path[path.rfind(".") :].lower() if "." in path else ""
     driver = "netCDF" if path.startswith("netcdf:") else _DRIVERS.get(suffix, "ENVI")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        return rasterio.open(path, driver=driver)
+        if (opener := opener_of(path)) is None:
+            return rasterio.open(path, driver=driver)
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # files beside it are files by themselves
+            return closed_at_exit(rasterio.open(path, driver=driver, opener=opener))
 
 
 def read_stack(paths: Sequence[str], shown: Sequence[str], given: tuple[str, ...] | None = None) -> Stack:
     """Headers only. DecodeError for what cannot be opened, InputError for what contradicts itself."""
-    with ExitStack() as held:
+    with reached(), ExitStack() as held:
         try:
             opened = [held.enter_context(open_raster(path)) for path in paths]
         except raster_errors() as error:

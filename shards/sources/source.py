@@ -34,7 +34,7 @@ class Item:
     """`key` names the sample in the source, `lookup` is the path a split file knows it by, `place` is the source's own.
 
     The rest is told where it is known before decoding: the published `split`, degrees of the centre, time (ISO 8601), and the
-    share of the item (0 to 1) that its metadata call cloudy.
+    share of the item (0 to 1) that its metadata call cloudy. Items with the same `near` are cheap to read one after another.
     """
 
     key: str
@@ -46,6 +46,7 @@ class Item:
     lon: float | None = None
     time: str | None = None
     cloud: float | None = None
+    near: str | None = None
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """STAC items on disk (1.0 with `eo:bands` and `raster:bands`, 1.1 with `bands`), by themselves or through catalogs.
 
-Assets must lie below the folder; remote ones are for whoever downloads them. Sources: the STAC specification 1.1.0, and its
+Assets must lie below the folder; of remote ones sources/remote.py makes such. Sources: the STAC specification 1.1.0, and its
 extensions eo 2.0.0 and raster 2.0.0 with their earlier fields.
 """
 
@@ -22,8 +22,8 @@ from swath.shards.sources.scene import UNSCALED, Scene, iso_time, read_stack
 from swath.shards.sources.source import Options
 
 MAX_BYTES = 1 << 26
-_RASTERS = (".tif", ".tiff", ".jp2")
-_NOT_DATA = {"thumbnail", "overview", "visual", "metadata"}
+RASTERS = (".tif", ".tiff", ".jp2")
+NOT_DATA = {"thumbnail", "overview", "visual", "metadata"}
 
 
 class Stac(Scenes):
@@ -56,13 +56,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object of a file that speaks of STAC, else None; InputError for one that cannot be read."""
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: {path.stat().st_size} bytes of JSON are beyond the limit of {MAX_BYTES}")
-    data = path.read_bytes()
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, shown: object) -> dict[str, Any] | None:
+    """The same of its bytes."""
     if b'"stac_version"' not in data:
         return None
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); repair it or remove it") from None
+        raise InputError(f"{shown} cannot be read as JSON ({error}); repair it or remove it") from None
     return value if isinstance(value, dict) else None
 
 
@@ -85,10 +89,15 @@ def _items(path: Path, files: frozenset[Path], folder: Path, *, follow: bool) ->
             waiting += [_local(str(href), here, files, folder, "links to") for href in reversed(hrefs)]
 
 
+def _shown(href: str) -> str:
+    """Without what may be a secret."""
+    return href.partition("?")[0].rpartition("@")[2][:120]
+
+
 def _local(href: str, base: Path, files: frozenset[Path], folder: Path, how: str) -> Path:
     """The file below `folder` that a reference in `base` means; InputError for any other."""
     if "://" in href or href.startswith("/vsi"):
-        raise InputError(f"{base} {how} {href[:120]}, which is not here; download it and write its relative path")
+        raise InputError(f"{base} {how} {_shown(href)}, which is not here; give a document alone that has remote assets only")
     inner = PurePosixPath(unquote(href))
     parts = list(base.parent.relative_to(folder).parts)
     for part in inner.parts:
@@ -162,7 +171,7 @@ def _chosen(item: _Item, known: Sensor | None, options: Options) -> list[_Asset]
     """The raster assets with bands, in the sensor's order, or those that --bands names, in its order."""
     assets = [made for key, value in item.value["assets"].items() if (made := _asset(item, key, value, known)) is not None]
     if not assets:
-        raise InputError(f"{item.path} has no assets of {', '.join(_RASTERS)} with bands or eo:bands")
+        raise InputError(f"{item.path} has no assets of {', '.join(RASTERS)} with bands or eo:bands")
     if options.bands is None:
         order = list(known.bands) if known else []
         return sorted(assets, key=lambda a: order.index(a.bands[0].name) if a.bands[0].name in order else len(order))
@@ -184,9 +193,9 @@ def _asset(item: _Item, key: str, value: object, known: Sensor | None) -> _Asset
         raise InputError(f"{item.path}: asset {key!r} has no href")
     roles = value.get("roles") or []
     rows = value.get("bands") or value.get("eo:bands")
-    if not href.lower().split("?")[0].endswith(_RASTERS) or not isinstance(rows, list) or not isinstance(roles, list):
+    if not href.lower().split("?")[0].endswith(RASTERS) or not isinstance(rows, list) or not isinstance(roles, list):
         return None
-    if _NOT_DATA & {str(role) for role in roles}:
+    if NOT_DATA & {str(role) for role in roles}:
         return None
     raster = value.get("raster:bands")
     raster = raster if isinstance(raster, list) and len(raster) == len(rows) else [{}] * len(rows)

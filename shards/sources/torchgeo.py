@@ -44,14 +44,14 @@ class TorchGeo(Planned):
             if len(pixels) != len(made.bands) or str(pixels.dtype) != made.dtype:
                 raise DecodeError(f"{name} is {describe(pixels)}, of the first item {len(made.bands)} of {made.dtype}")
             valid = clear(pixels, made.nodata)
-            scale, add = (1.0 if self.options.scale is None else self.options.scale), self.options.add or 0.0
-            by_hand = self.options.scale is not None or self.options.add is not None
-            numbers = (
-                (scale, add, "given by hand")
-                if by_hand and name == "image"
-                else (1.0, 0.0, "none: values as TorchGeo gives them")
-            )
-            sample.parts[name] = Part(pixels, None, "npy", valid, *numbers)
+            scale, add, claim = 1.0, 0.0, "none: values as TorchGeo gives them"
+            if name == "image" and (self.options.scale is not None or self.options.add is not None):
+                scale, add, claim = (
+                    1.0 if self.options.scale is None else self.options.scale,
+                    self.options.add or 0.0,
+                    "given by hand",
+                )
+            sample.parts[name] = Part(pixels, None, "npy", valid, scale, add, claim)
         self._describe(sample, given)
         return sample
 
@@ -114,12 +114,9 @@ def _class(name: str) -> Any:
     if not inspect.isclass(found):
         near = difflib.get_close_matches(name, [n for n in dir(module) if n[:1].isupper()], n=1)
         raise InputError(f"torchgeo.datasets has no {name!r}{f'; did you mean {near[0]}?' if near else ''}")
-    if not (hasattr(found, "__getitem__") and hasattr(found, "__len__")) or any(
-        c.__name__ == "GeoDataset" for c in found.__mro__
-    ):
-        raise InputError(
-            f"torchgeo:{name} is cut by place, not a list of samples; give the folder of its rasters without --recipe"
-        )
+    listed = hasattr(found, "__getitem__") and hasattr(found, "__len__")
+    if not listed or any(base.__name__ == "GeoDataset" for base in found.__mro__):
+        raise InputError(f"torchgeo:{name} is cut by place, no list of samples; give the folder of its rasters without --recipe")
     return found
 
 
@@ -173,7 +170,14 @@ def _array(given: dict[str, Any], name: str, key: str) -> np.ndarray:
 
 def _contract(name: str, made: Any, pixels: np.ndarray, options: Options) -> InputContract:
     sets = getattr(made, "BAND_SETS", None) or getattr(made, "band_sets", None) or {}
-    told = [options.bands, getattr(made, "bands", None), getattr(made, "all_bands", None), *dict(sets).values(), RGB]
+    told = [
+        options.bands,
+        getattr(made, "bands", None),
+        getattr(made, "all_bands", None),
+        getattr(made, "all_band_names", None),
+        *dict(sets).values(),
+        RGB,
+    ]
     flat = [(names,) if isinstance(names, str) else tuple(map(str, names or ())) for names in told]
     if options.bands is not None and len(flat[0]) != len(pixels):
         raise InputError(f"torchgeo:{name} has {len(pixels)} bands, --bands names {len(flat[0])}")

@@ -17,7 +17,7 @@ from swath.hub.load import Loaded
 from swath.pretrain.checkpoint import save
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import encode_npy
-from swath.shards.draw import hash_text
+from swath.shards.identity import hash_text
 from swath.shards.index import FORMATS, MEMBER, NO_TIME, SAMPLE, Index, columns_of
 from swath.shards.manifest import Manifest, Shard
 

@@ -32,7 +32,12 @@ def test_a_folder_gives_the_features_of_the_source(name: str, tmp_path: Path) ->
     backbone = create(name, **tiny).eval()
     bands = contract(*(f"B{n:02d}" for n in range(tiny["bands"])), side=side)
     source = dataclasses.replace(
-        loaded(), backbone=backbone, contract=bands, size=(side, side), name=name, options=dataclasses.asdict(backbone.config)
+        loaded(),
+        backbone=backbone,
+        contracts={bands.modality: bands},
+        size=(side, side),
+        name=name,
+        options=dataclasses.asdict(backbone.config),
     )
     write_export(source, tmp_path / "export")  # verifies in a fresh process
     assert (tmp_path / "export" / "model.safetensors").is_file()

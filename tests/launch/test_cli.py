@@ -179,7 +179,8 @@ def test_doctor_recipes_index_inspect(shards: Path, capsys: pytest.CaptureFixtur
     if not torch.cuda.is_available():
         assert taken["selective_scan"] == "cpu" and "not triton: it needs a GPU" in out and "not mamba_ssm: " in out
     code, out, _ = run(capsys, "recipes")
-    assert code == 0 and {"mae_vit_tiny", "mae_vit_base", "mae_vit_large"} <= {line.split()[0] for line in out.splitlines()}
+    shown = {line.split()[0] for line in out.splitlines() if line}
+    assert code == 0 and {"mae_vit_tiny", "mae_vit_base", "mae_vit_large", "eurosat_ms", "reben"} <= shown
 
 
 def test_wrong_usage_exits_with_2() -> None:

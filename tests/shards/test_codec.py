@@ -26,6 +26,24 @@ def test_npy_comes_back_and_numpy_reads_it(dtype: str, shape: tuple[int, ...]):
     assert np.array_equal(np.load(io.BytesIO(data)), array)
 
 
+def test_each_npy_is_read_by_its_own_header():
+    """Headers that were seen before are not parsed again: other shapes and dtypes between them must not matter."""
+    kinds = [(dtype, shape) for dtype in ("uint8", "int16", "uint16", "float32") for shape in ((2, 3, 4), (4, 3, 2), (1, 4, 6))]
+    arrays = [np.arange(24, dtype=dtype).reshape(shape) for dtype, shape in kinds]
+    whole = [encode_npy(array) for array in arrays]
+    for array, data in zip(arrays * 2, whole * 2, strict=True):
+        made = decode(data, "npy")
+        assert (made.dtype, made.tolist()) == (array.dtype, array.tolist())
+        with pytest.raises(DecodeError, match="cut short"):
+            decode(data[:-1], "npy")
+
+
+def test_big_endian_is_written_little_endian():
+    array = np.arange(12, dtype=">i2").reshape(1, 3, 4)
+    made = decode(encode_npy(array), "npy")
+    assert (made.dtype.str, made.tolist()) == ("<i2", array.tolist())
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_images_are_channels_first(mode: str):
     expected = np.asarray(Image.open(io.BytesIO(encoded("PNG", mode))))
