@@ -33,7 +33,6 @@ from rasterio.io import MemoryFile
 from swath.shards.codec import decode, encode_npy
 
 BITSHUFFLE = [blosc2.Filter.NOFILTER] * 5 + [blosc2.Filter.BITSHUFFLE]
-ONE_THREAD: dict[str, Any] = {"nthreads": 1}
 KEPT = "JPEG as it came"
 TEN_METRES = ("B02", "B03", "B04", "B08")
 
@@ -48,15 +47,14 @@ class Way:
 
 def by_blosc2(codec: blosc2.Codec) -> Way:
     """Of the whole .npy, so that what comes out says its shape and dtype."""
-    how: dict[str, Any] = {"codec": codec, "clevel": 5, "filters": BITSHUFFLE, "filters_meta": [0] * 6, **ONE_THREAD}
+    pack: Any = blosc2.compress2  # whose options are annotated wrongly
+    unpack: Any = blosc2.decompress2
+    how = {"codec": codec, "clevel": 5, "filters": BITSHUFFLE, "filters_meta": [0] * 6, "nthreads": 1}
 
     def encode(chip: np.ndarray) -> bytes:
-        return blosc2.compress2(encode_npy(chip), **how | {"typesize": chip.itemsize})  # pyright: ignore[reportReturnType]
+        return pack(encode_npy(chip), typesize=chip.itemsize, **how)
 
-    def unpack(data: bytes) -> np.ndarray:
-        return decode(blosc2.decompress2(data, **ONE_THREAD), "npy")  # pyright: ignore[reportArgumentType]
-
-    return Way(encode, unpack)
+    return Way(encode, lambda data: decode(unpack(data, nthreads=1), "npy"))
 
 
 def by_zstd() -> Way:

@@ -35,12 +35,13 @@ import simplejpeg
 import torch
 import webdataset
 import webdataset.compat
+import webdataset.writer
 from torch.utils.data import DataLoader
 
 from swath.shards.ingest import shard
 from swath.shards.loader import Loader
 from swath.shards.order import SampleOrder
-from swath.shards.reader import ShardReader
+from swath.shards.reader import ShardReader, crc32
 from swath.shards.sources.source import Options
 
 BATCH, SIDE, SCENE = 256, 64, (2048, 8192)  # 4,096 chips
@@ -171,7 +172,7 @@ def make_tiffs(reader: ShardReader, folder: Path, **how: Any) -> Path:
     folder.mkdir()
     starts = itertools.accumulate(reader.shard_sizes, initial=0)
     for shard_number, (first, last) in enumerate(itertools.pairwise(starts)):
-        with webdataset.TarWriter(str(folder / f"{shard_number:06d}.tar")) as tar:
+        with webdataset.writer.TarWriter(str(folder / f"{shard_number:06d}.tar")) as tar:
             for number in range(first, last):
                 pixels = reader.pixels(number)
                 with MemoryFile() as memory:
@@ -295,7 +296,7 @@ def main() -> int:
         "command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}, "
-        f"webdataset {webdataset.__version__}",
+        f"webdataset {webdataset.__version__}, checksums by {crc32.__module__}",
     }
     for kind, ways in kinds.items():
         result[kind] = {f"{w} workers": compare(ways, w, args.batches, args.alternations) for w in args.workers}

@@ -39,10 +39,12 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _shard(args: argparse.Namespace) -> int:
+    from swath.shards.cache import CacheOptions
     from swath.shards.estimate import estimate
     from swath.shards.first_contact import RECIPE_FILES, confirmed
     from swath.shards.ingest import Blocks, shard
     from swath.shards.selection import Selection
+    from swath.shards.sources.mirror import located
     from swath.shards.sources.source import Options
 
     bands = tuple(args.bands.split(",")) if args.bands else None
@@ -50,7 +52,7 @@ def _shard(args: argparse.Namespace) -> int:
         chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor, level=args.level, unit=args.unit, scale=args.scale,
         add=args.add, nodata=args.nodata, gsd_m=args.gsd, resampling=args.resampling,
     )  # fmt: skip
-    if args.source.suffix.lower() in RECIPE_FILES:
+    if isinstance(args.source, Path) and args.source.suffix.lower() in RECIPE_FILES:
         if args.recipe is not None or options != Options():
             raise InputError(f"{args.source} says what the archive is; write options such as --bands and --sensor into it")
         args.source, args.recipe, options = confirmed(args.source, yes=args.yes)
@@ -64,10 +66,11 @@ def _shard(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if args.split_blocks is not None:
         given["split"] = Blocks(args.split_blocks, args.block_km, args.buffer_km)
+    source = located(args.source, CacheOptions(args.cache, None if args.cache_gb is None else int(args.cache_gb * 1e9)))
     if args.dry_run:
-        print(estimate(args.source, **given))
+        print(estimate(source, **given))
         return 0
-    made = shard(args.source, args.out, implausible_ok=args.implausible_ok, **given)
+    made = shard(source, args.out, implausible_ok=args.implausible_ok, **given)
     for name, manifest in made.items():
         skipped = f", {len(manifest.skipped)} not decodable (listed in manifest.json)" if manifest.skipped else ""
         print(f"{args.out / name}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")
@@ -153,6 +156,13 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _place(text: str) -> Path | str:
+    """A path, or an address as it is."""
+    from swath.shards.remote import is_remote
+
+    return text if is_remote(text) else Path(text)
+
+
 def _cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -179,10 +189,12 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_init)
 
     p = commands.add_parser("shard", help="rasters or images to shards")
-    p.add_argument("source", type=Path, help="folder or zip, or the YAML that swath init wrote")
+    p.add_argument("source", type=_place, help="folder, zip or address (s3://, gs://, https://), or the YAML of swath init")
     p.add_argument("--yes", action="store_true", help="take the guesses in that YAML as they are")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--recipe", help="a published data set's layout (see swath recipes)")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="where a remote archive is copied to (~/.cache/swath/archives)")
+    p.add_argument("--cache-gb", type=float, help="how large such copies may be together (64, or half of what is free)")
     p.add_argument("--workers", type=int, default=_cores(), help="processes that decode (one per core)")
     p.add_argument("--dry-run", action="store_true", help="say how many chips, bytes and hours, and write nothing")
     s = p.add_mutually_exclusive_group()

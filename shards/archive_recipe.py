@@ -6,6 +6,7 @@ evidence in `because`, and, where it is a guess, `confirm`: false until a person
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -18,6 +19,7 @@ from swath.shards.errors import InputError
 from swath.shards.sources.source import Options
 
 _MAX_BYTES = 1 << 18
+_MAX_DEPTH = 4
 _WIDE = 118  # columns, from which on an entry is written over several lines
 _FLOW = 32  # bands, from which on they are no list of lines
 
@@ -77,7 +79,7 @@ class ArchiveRecipe(Strict):
     @property
     def options(self) -> Options:
         """Of the values that are given, and of nothing that was only found."""
-        given: dict[str, Any] = {name: e.value for name, e in self.entries.items() if e.given and e.value is not None}
+        given: dict[str, Any] = {name: entry.value for name, entry in self.entries.items() if entry.value is not None}
         given.pop("recipe", None)
         if "gsd" in given:
             given["gsd_m"] = given.pop("gsd")
@@ -122,9 +124,14 @@ def read_archive_recipe(path: Path) -> ArchiveRecipe:
 
 
 def _check_plain(path: Path, text: str) -> None:
-    """No anchors and aliases, with which a few lines stand for gigabytes, and no key that stands twice."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise InputError(f"recipe {path} has a YAML alias (*), which is not read; write the value out")
+    """No aliases, with which a few lines stand for gigabytes, nothing nested deeply, and no key that stands twice."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"recipe {path} has a YAML alias (*), which is not read; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise InputError(f"recipe {path} is nested deeper than {_MAX_DEPTH} levels; entries are plain values and lists")
     waiting: list[Any] = [yaml.compose(text, Loader=yaml.SafeLoader)]
     while waiting:
         node = waiting.pop()
@@ -156,7 +163,7 @@ def brief(value: Any) -> str:
 
 def write_text(recipe: ArchiveRecipe, head: Sequence[str], bands: Sequence[Band] = ()) -> str:
     """YAML for a person: `head` as comments above, what is known of `bands` beside each."""
-    lines = [f"# {line}".rstrip() for line in head]
+    lines = [f"# {_one_line(line)}".rstrip() for line in head]
     lines += ["", f"source: {_scalar(recipe.source)}"]
     for name, entry in recipe.entries.items():
         key = "value" if entry.given else "found"
@@ -180,7 +187,7 @@ def _band_lines(key: str, names: Sequence[str], bands: Sequence[Band]) -> list[s
         return [f"  {key}:", *(f"    {line.strip()}" for line in listed)]
     lines = [f"  {key}:  # in the order of the files"]
     for name in names:
-        about = _about(known[name]) if name in known else ""
+        about = _one_line(_about(known[name])) if name in known else ""
         lines.append(f"    - {_scalar(name):<8}{f'  # {about}' if about else ''}".rstrip())
     return lines
 
@@ -197,8 +204,15 @@ def _about(band: Band) -> str:
     )
 
 
+def _one_line(text: str) -> str:
+    """For a comment: names of files may hold line breaks, and what follows one would be an entry."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]", "?", text)
+
+
 def _scalar(value: object) -> str:
     """One line that YAML reads as `value`."""
+    if isinstance(value, str) and _one_line(value) != value:
+        return _quoted(value)
     return yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True).removesuffix("...\n").strip()
 
 

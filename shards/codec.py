@@ -26,7 +26,7 @@ class DecodeError(Exception):
 def encode_npy(array: np.ndarray) -> bytes:
     """NPY bytes of an array in C order and little-endian."""
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(array, array.dtype.newbyteorder("<")), allow_pickle=False)
     return buffer.getvalue()
 
 

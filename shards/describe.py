@@ -57,7 +57,7 @@ def _modality(contract: InputContract, stored: Stored, spread: BandStatistics | 
     """A modality's head line and its table of bands."""
     size = f"{contract.height}×{contract.width}" if contract.height else "of several sizes"
     dates = f", {contract.dates} dates" if contract.dates > 1 else ""
-    masks = f", {stored.masked} of them with pixels that are not clear" if stored.masked else ""
+    masks = f", {stored.masked} of them with masks" if stored.masked else ""
     gsd = f", {contract.gsd_m:g} m per pixel" if contract.gsd_m else ""
     gsd += f" ({contract.resampling})" if contract.gsd_m and contract.resampling else ""
     part = "" if stored.samples == samples else f" of {samples}"

@@ -8,6 +8,7 @@ from swath.shards.ingest import Blocks, check_numbers, plan_of, told
 from swath.shards.packer import MAX_SAMPLES
 from swath.shards.quality import LeftOut
 from swath.shards.selection import Selection
+from swath.shards.sources.mirror import Mirror
 from swath.shards.sources.source import Options
 from swath.shards.work import Rules, make
 
@@ -15,7 +16,7 @@ _CHIPS, _SECONDS = 32, 5.0  # that are tried, at most
 
 
 def estimate(
-    source: Path,
+    source: Path | Mirror,
     *,
     options: Options | None = None,
     recipe: str | None = None,

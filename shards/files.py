@@ -23,7 +23,8 @@ def sync_folder(folder: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, or leave it as it was."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)  # a link that somebody left there must not be followed
+    with partial.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -32,7 +32,7 @@ from swath.shards.sources.rasters import _scene as raster_scene
 from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
 from swath.shards.sources.scene import Scene, Stack, open_raster, raster_errors
 from swath.shards.sources.source import Options, Source
-from swath.shards.sources.stac import Stac
+from swath.shards.sources.stac import Stac, read_json
 
 _FILES = 20  # scenes that are opened
 SECONDS = 20.0  # for opening them: what is not done by then is left
@@ -91,12 +91,13 @@ def look(archive: Path, options: Options, layout: str | None = None) -> Look:
     if not archive.exists():
         raise InputError(f"{archive} does not exist; give a folder or a zip of images or of scenes")
     if layout is not None:
-        return _published(find(layout).open(archive, options), layout, "")
-    kind = opener_of(archive)
-    if isinstance(kind, type) and issubclass(kind, Scenes):
-        return _look_at_scenes(archive, kind, options)
-    source = kind(archive, options)
-    return Look(source, source.kind, len(source.items), warnings=list(source.notes))
+        open_it = find(layout).open
+    else:
+        open_it = opener_of(archive)
+        if isinstance(open_it, type) and issubclass(open_it, Scenes):
+            return _look_at_scenes(archive, open_it, options)
+    source = open_it(archive, options)
+    return Look(source, source.kind, len(source.items), warnings=list(source.notes), published=layout)
 
 
 def understand(archive: Path) -> tuple[Look, Options, dict[str, str]]:
@@ -113,9 +114,11 @@ def understand(archive: Path) -> tuple[Look, Options, dict[str, str]]:
         seen = look(archive, options)
     contract = next(iter(seen.source.contracts.values()))
     if contract.sensor == "unknown" and (guess := _sensor_elsewhere(archive, contract)) is not None:
-        sensor, told["sensor"] = guess
-        options = replace(options, sensor=sensor)
-        seen = look(archive, options)
+        try:
+            wiser = replace(options, sensor=guess[0])
+            seen, options, told["sensor"] = look(archive, wiser), wiser, guess[1]
+        except InputError as error:  # its bands cannot be that sensor's
+            seen.warnings.append(f"sensor: {guess[1]} speaks of {guess[0]}, but {error}")
     return seen, options, told
 
 
@@ -134,20 +137,16 @@ def _sensor_elsewhere(archive: Path, contract: InputContract) -> tuple[str, str]
 class _Unnamed(Exception):
     """Scenes have bands without names."""
 
-    def __init__(self, path: Path, count: int, dtype: str, colours: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, count: int, colours: tuple[str, ...]) -> None:
         super().__init__(str(path))
-        self.path, self.count, self.dtype, self.colours = path, count, dtype, colours
+        self.path, self.count, self.colours = path, count, colours
 
     def guess(self, archive: Path) -> tuple[Options, str]:
         known = sensor_of(f"{self.path.name} {archive.resolve().name}")
         usual = _USUAL.get(known.name, {}).get(self.count) if known else None
         if usual is not None and known is not None:
-            return Options(bands=usual), (
-                f"no names in the files; {self.count} bands of {known.name} in its own order, B8A after B08: "
-                "check it, EuroSAT for one has B8A last"
-                if known.name == "sentinel2"
-                else f"no names in the files; {self.count} bands of {known.name}, in the usual order"
-            )
+            trap = ", B8A after B08: EuroSAT for one has it last" if "B8A" in usual else ""
+            return Options(bands=usual), f"no names in the files; {self.count} bands of {known.name} in the usual order{trap}"
         if len(set(self.colours)) == self.count and set(self.colours) <= {"red", "green", "blue", "nir"}:
             return Options(bands=self.colours), "the files' colour interpretation, which many programs write without being asked"
         names = tuple(f"b{number:02d}" for number in range(1, self.count + 1))
@@ -231,7 +230,7 @@ def _some_rasters(archive: Path, options: Options) -> tuple[list[Scene], dict[st
         if options.bands is None and "give --bands" in str(troubles[0][1]):
             raise _unnamed(troubles[0][0]) or troubles[0][1]
         raise troubles[0][1]
-    warnings += [f"{len(troubles)} scenes contradict themselves or the others: {troubles[0][1]}"] if troubles else []
+    warnings += [f"{len(troubles)} scenes cannot be used: {troubles[0][1]}"] if troubles else []
     untold = {scene.name: scene.stacks[0] for scene in scenes if scene.stacks}
     return meaning(scenes, options), untold, len(groups), warnings
 
@@ -240,7 +239,7 @@ def _unnamed(paths: list[Path]) -> _Unnamed | None:
     try:
         with open_raster(str(paths[0])) as file:
             colours = tuple(colour.name for colour in file.colorinterp)
-            return _Unnamed(paths[0], file.count, file.dtypes[0], colours) if len(paths) == 1 else None
+            return _Unnamed(paths[0], file.count, colours) if len(paths) == 1 else None
     except raster_errors():
         return None
 
@@ -248,12 +247,14 @@ def _unnamed(paths: list[Path]) -> _Unnamed | None:
 def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple[list[Scene], dict[str, Stack], int, list[str]]:
     """Products are opened one by one, each by its own path."""
     files = [archive] if archive.is_file() or is_safe(archive) else files_below(archive).paths
+    texts: list[Path] = []
     if kind is Safe and files != [archive]:
         units = sorted({root for p in files if (root := p if is_safe_zip(p) else safe_root(p, archive)) is not None})
     elif kind is Landsat and files != [archive]:
         units = sorted({p.parent for p in files if MTL.search(p.name)})
-    elif kind is Stac and len(texts := [p for p in files if p.suffix.lower() in (".json", ".geojson")]) > _FILES:
-        units = texts
+    elif kind is Stac and len(jsons := [p for p in files if p.suffix.lower() in (".json", ".geojson")]) > _FILES:
+        texts = jsons
+        units = [p for p in spread(texts, 4 * _FILES) if (read_json(p) or {}).get("type") == "Feature"]
     else:
         units = [archive]
     build: Any = kind  # of the sources that take a path
@@ -271,8 +272,9 @@ def _some_products(archive: Path, kind: type[Scenes], options: Options) -> tuple
         except InputError as error:
             troubles.append(error)
     if not scenes:
-        raise troubles[0]
-    return list(scenes.values()), {}, max(len(units), len(scenes)), [*notes, *(str(error) for error in troubles)]
+        raise troubles[0] if troubles else InputError(f"{archive} holds no scenes; name the folder that does")
+    warnings = [*notes, *(str(error) for error in troubles[:3])]
+    return list(scenes.values()), {}, max(len(units), len(texts), len(scenes)), warnings
 
 
 def _recognised(archive: Path) -> Look | None:
@@ -294,17 +296,29 @@ def _recognised(archive: Path) -> Look | None:
             fit = sum(any(pattern.fullmatch(image) for pattern in patterns) for image in images)
             if fit and fit >= _FIT * len(images) and (called or any("(?P<band>" in pattern for pattern in files)):
                 words = f"{fit} of {len(images)} file names looked at are as in its layout, {layout.looks}"
-                fitting.append((not called, name, known, words))
+                fitting.append((0 if called else 1, name, known, words))
         elif others and name not in _NO_PUBLISHED_SET:
-            fitting.append((2, name, known, "its files are here, under their published names"))
-    for _, name, known, words in sorted(fitting, key=lambda row: row[:2]):
-        try:
-            source = known.open(archive, Options())
-            source.read(source.items[0])
-        except (InputError, DecodeError):
-            continue
-        return _published(source, name, f"{known.title}; {words}")
+            fitting.append((0 if _plain(name) in where else 2, name, known, "its files are here, called and built as published"))
+    ranked = sorted(fitting, key=lambda row: row[:2])
+    for place, (rank, name, known, words) in enumerate(ranked):
+        if (source := _opened(known, archive)) is not None:
+            also = [n for r, n, k, _ in ranked[place + 1 :] if r == rank == 2 and _opened(k, archive) is not None]
+            more = f"; so they are for {', '.join(also)}" if also else ""
+            return Look(
+                source, source.kind, len(source.items), warnings=list(source.notes), published=name,
+                because=f"{known.title}; {words}{more}",
+            )  # fmt: skip
     return None
+
+
+def _opened(known: Recipe, archive: Path) -> Source | None:
+    """The source, if its first sample can be read."""
+    try:
+        source = known.open(archive, Options())
+        source.read(source.items[0])
+    except (InputError, DecodeError):
+        return None
+    return source
 
 
 def _some_names(archive: Path) -> tuple[list[str], bool]:
@@ -325,7 +339,3 @@ def _some_names(archive: Path) -> tuple[list[str], bool]:
 
 def _plain(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum())
-
-
-def _published(source: Source, name: str, because: str) -> Look:
-    return Look(source, source.kind, len(source.items), 0, {}, list(source.notes), name, because)

@@ -55,7 +55,7 @@ class Index:
     def key(self, number: int) -> str:
         row = self.samples[number]
         start = int(row["key_start"])
-        return bytes(self.keys[start : start + int(row["key_length"])]).decode()
+        return bytes(self.keys[start : start + int(row["key_length"])]).decode(errors="replace")
 
     def damaged(self, numbers: np.ndarray) -> np.ndarray:
         """Those of the samples `numbers` (B,) whose rows are not what was written."""

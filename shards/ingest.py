@@ -32,6 +32,7 @@ from swath.shards.packer import Limits, Packed, Packer, chunk_length
 from swath.shards.plausibility import Finding, check
 from swath.shards.quality import Duplicates, LeftOut
 from swath.shards.selection import Selection, drawn, select
+from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Source
 from swath.shards.sources.split import assign
@@ -68,7 +69,9 @@ class Plan:
         return sum(len(part) for part in self.jobs.values())
 
 
-def plan_of(source: Path, options: Options, recipe: str | None, split: Path | Blocks | None, selection: Selection) -> Plan:
+def plan_of(
+    source: Path | Mirror, options: Options, recipe: str | None, split: Path | Blocks | None, selection: Selection
+) -> Plan:
     """Open `source` and choose. Splits are those of a split file, of spatial blocks, or those that a published data set comes
     with. Raises InputError, also where nothing is left."""
     opened = open_source(source, options, recipe)
@@ -103,7 +106,7 @@ def plan_of(source: Path, options: Options, recipe: str | None, split: Path | Bl
 
 
 def shard(
-    source: Path,
+    source: Path | str | Mirror,
     out: Path,
     *,
     options: Options | None = None,
@@ -119,6 +122,7 @@ def shard(
 ) -> dict[str, Manifest]:
     """Make shards of `source` in `out`; with splits one folder for each, keyed by its name, else the key is "".
 
+    `source` is a path or an address (s3://, gs://, https://); `located` makes a copy of the latter elsewhere than usual.
     `recipe` names the layout of a published data set (shards/recipes); without one the kind of source is told from its files,
     as `options` say. Samples with more than `max_nodata` of their pixels invalid are left out. Files that cannot be decoded are
     listed in the manifest, and more than `max_failed` of all stop the run. `workers` processes decode (0: this one; a program
@@ -126,7 +130,7 @@ def shard(
     what they are said to be stop the run, unless `implausible_ok`. A killed or stopped run continues when called again; a
     finished one is only checked. Raises InputError.
     """
-    source, out = Path(source), Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at `out`
+    source, out = located(source), Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at `out`
     options, selection = options or Options(), selection or Selection()
     check_numbers(options, max_failed=max_failed, max_nodata=max_nodata, shard_bytes=shard_bytes, workers=workers)
     plan = plan_of(source, options, recipe, split, selection)

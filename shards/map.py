@@ -61,7 +61,8 @@ def draw_map(readers: dict[str, ShardReader], surveys: dict[str, Survey]) -> Fig
     elif many and by:
         panels.append(("world", _WORLD, True))
     wide = min(max((east - west) * _squeeze(south, north) / (north - south), 0.8), 1.6) if near else 2.0
-    figure = Figure(figsize=(13, 5.2) if len(panels) > 1 else (11, 6), dpi=110, layout="constrained")
+    width, share = (13.0, 2 / (2 + wide)) if len(panels) > 1 else (11.0, 1.0)
+    figure = Figure(figsize=(width, 0.45 * width * share + 1.3), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=(2, wide)[: len(panels)])[0]
     for one, (title, window, coloured) in zip(axes, panels, strict=True):
         _panel(one, groups, window, coloured=coloured)

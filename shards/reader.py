@@ -291,6 +291,8 @@ class ShardReader:
         self._check(number, column, made.shape, place_hwc.shape)
 
     def _decode(self, number: int, column: str, member: _Member) -> np.ndarray:
+        if member[4] >= len(FORMATS):
+            raise self._damaged(number, column, f"its format in the index, {member[4]}, is none")
         try:
             return decode(self._bytes(number, column, member), FORMATS[member[4]])
         except DecodeError as error:

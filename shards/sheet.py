@@ -57,7 +57,7 @@ def contact_sheet(reader: ShardReader, modality: str, numbers: list[int], title:
     pen = _Pen(sheet)
     pen.write((GAP, GAP - 2), title, sheet.width - 2 * GAP, _INK, 14)
     span = "" if view.kind in ("as stored", "classes") else " · dark to bright " + ", ".join(
-        f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)
+        f"{a:.5g} to {b:.5g}" for a, b in zip(low, high, strict=True)
     )  # fmt: skip
     unit = "dB" if contract.unit == "linear power" else contract.unit
     codes = {int(code) for cell in cells for one in cell for code in np.unique(one.codes)}

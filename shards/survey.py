@@ -56,7 +56,7 @@ class Stored:
             found = np.unique(both, return_index=True, return_counts=True)
         for pair, index, count in zip(*(part.tolist() for part in found), strict=True):
             key = (pair.real, pair.imag)
-            if  len(self.first) < _PAIRS:
+            if key in self.first or len(self.first) < _PAIRS:
                 self.first.setdefault(key, start + int(rows[index]))
                 self.pairs[key] += count
 

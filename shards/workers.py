@@ -21,6 +21,7 @@ from typing import Self, cast
 
 from swath.shards.errors import InputError
 from swath.shards.journal import Unfinished
+from swath.shards.sources.mirror import Mirror
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Source
 from swath.shards.work import Chunk, Job, Rules, make
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 class Opening:
     """How a worker comes to the same source: what was given to `open_source`, and what must come of it."""
 
-    path: Path
+    path: Path | Mirror
     options: Options
     recipe: str | None
     fingerprint: str

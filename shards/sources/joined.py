@@ -4,12 +4,9 @@ Scenes are read on the grid of the sample that they come to, so that pixel lies 
 """
 
 import hashlib
-import os
-import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,12 +17,24 @@ from swath.shards.bands import InputContract
 from swath.shards.codec import MAX_VALUES, DecodeError
 from swath.shards.errors import InputError
 from swath.shards.sources.cut import Scenes, _decoded
-from swath.shards.sources.match import Dates, Names, Pairs, boxes, covers, days_apart, neighbours, read_table
-from swath.shards.sources.scene import Grid, Scene, Stack, grid_of, open_raster, raster_errors
+from swath.shards.sources.match import (
+    Dates,
+    Names,
+    Pairs,
+    aligned,
+    alike,
+    boxes,
+    covers,
+    days_apart,
+    neighbours,
+    read_onto,
+    read_table,
+)
+from swath.shards.sources.scene import Grid, Scene, Stack
 from swath.shards.sources.source import Item, Part, Sample, Source
+from swath.shards.writer import seconds
 
 _ALIKE = 0.5  # share of each other's ground from which on two scenes show one place
-_Window = tuple[int, int, int, int]
 
 
 def on_ground(source: Source) -> TypeGuard[Scenes]:
@@ -48,16 +57,17 @@ class Joined:
         table = None if pairs.table is None else read_table(Path(pairs.table))
         self.fingerprint = _mark(primary.fingerprint, other.fingerprint, pairs, table, resampling)
         found = _Found()
-        if on_ground(primary) and on_ground(other):
-            self.contracts = primary.contracts | {
-                name: _onto(contract, next(iter(primary.contracts.values())), resampling)
-                for name, contract in other.contracts.items()
-            }
-            _check_size(primary, self.contracts)
-            numbers = _scene_partners(primary, other, pairs, table, found)
+        self._ground = (primary, other) if on_ground(primary) and on_ground(other) else None
+        if self._ground is not None:
+            first = next(iter(primary.contracts.values()))
+            self.contracts = primary.contracts | {name: _onto(c, first, resampling) for name, c in other.contracts.items()}
+            _check_size(self._ground[0], self.contracts)
+            numbers = _scene_partners(*self._ground, pairs, table, found)
         else:
             self.contracts = primary.contracts | other.contracts
             numbers = _item_partners(primary, other, pairs, table, found)
+        whole = sum(s.broken is None for s in self._ground[1].scenes) if self._ground is not None else len(other.items)
+        found.words["of the partners belong to no sample"] = whole - len(set(numbers) - {None})
         self.items = [
             replace(item, place=(item.place, number))
             for item, number in zip(primary.items, numbers, strict=True)
@@ -74,32 +84,32 @@ class Joined:
         if number is None:
             return sample
         try:
-            if on_ground(self.primary) and on_ground(self.other):
-                partner = self._on_grid(self.primary, self.other, place, number)
+            if self._ground is not None:
+                name, partner = self._on_grid(*self._ground, place, number)
             else:
-                partner = self.other.read(self.other.items[number])
+                name, partner = self.other.items[number].key, self.other.read(self.other.items[number])
         except DecodeError as error:
             raise DecodeError(f"its partner: {error}") from None
-        if not partner.parts and self.pairs.paired_only:
-            return Sample({}, meta=sample.meta)  # as without a partner it is left out
+        if not partner.parts:  # without any it is left out, as without a partner
+            return Sample({}, meta=sample.meta) if self.pairs.paired_only else sample
         sample.parts |= partner.parts
-        times = {name: [partner.meta.get("time")] for name in partner.parts} | partner.meta.get("times", {})
-        sample.meta["times"] = sample.meta.get("times", {}) | times
-        if partner.parts:
-            sample.meta["partner"] = partner.meta.get("source", item.key)
+        times = partner.meta.get("times", {})
+        if (time := partner.meta.get("time")) is not None:
+            times = {name: [time] for name in partner.parts} | times
+        sample.meta |= {"partner": name, "times": sample.meta.get("times", {}) | times}
         return sample
 
-    def _on_grid(self, primary: Scenes, other: Scenes, place: Sequence[int], number: int) -> Sample:
-        """The partner scene on a chip's grid; one that has nothing but nodata on most of the chip is none."""
-        of, top, left, height, width = place
-        grid, scene = primary._grids[of], other.scenes[number]
-        assert grid is not None
-        parts = {}
-        for stack in scene.stacks:
-            part = _part(stack, self.contracts[stack.modality], grid, (top, left, height, width), self.resampling)
-            if part.valid is None or (part.valid != 0).mean() >= self.pairs.min_cover:
-                parts[stack.modality] = part
-        return Sample(parts, meta={"source": scene.stacks[0].shown[0], "time": scene.time})
+    def _on_grid(self, primary: Scenes, other: Scenes, place: Sequence[int], number: int) -> tuple[str, Sample]:
+        """The partner scene on a chip's grid; what is nodata on most of the chip is not there."""
+        of, *window = place
+        scene, grid = other.scenes[number], _grid(primary, of)
+        parts = {
+            stack.modality: part
+            for stack in scene.stacks
+            if (part := _part(other, stack, grid, window, self.resampling)).valid is None
+            or (part.valid != 0).mean() >= self.pairs.min_cover
+        }
+        return scene.name, Sample(parts, meta={} if scene.time is None else {"time": scene.time})
 
 
 class Series:
@@ -114,33 +124,26 @@ class Series:
             raise InputError(f"--dates-per-sample needs scenes with a georeference; {source.dataset} ({source.kind}) has none")
         timeless = [scene.name for scene in source.scenes if scene.broken is None and scene.time is None]
         if timeless:
-            raise InputError(
-                f"{timeless[0]} has no time, so it cannot be put in order with other dates; ISO 8601 in its name would do"
-            )
+            raise InputError(f"{timeless[0]} has no time, so it cannot be put in order; ISO 8601 in its name would do")
         self.source, self.dates, self.resampling = source, dates, resampling
         self.dataset, self.kind, self.classes = source.dataset, f"{source.kind} in series", source.classes
         self.fingerprint = _mark(source.fingerprint, dates, resampling)
         lost: Counter[str] = Counter()
         places = _places(source, lost)
-        foreign = any(not _aligned(source._grids[place[0]], source._grids[n]) for place in places for n in place)
+        foreign = any(not aligned(source._grids[place[0]], source._grids[n]) for place in places for n in place)
+        onto = f"{resampling} onto the first date" if foreign else None
         self.contracts = {
-            name: contract.model_copy(
-                update={
-                    "dates": dates.count,
-                    "resampling": _told(contract, f"{resampling} onto the first date" if foreign else None),
-                }
-            )
+            name: contract.model_copy(update={"dates": dates.count, "resampling": _told(contract, onto)})
             for name, contract in source.contracts.items()
         }
         _check_size(source, self.contracts)
         self.items = _series(source, places, dates, lost)
         if not self.items:
             raise InputError(f"no place of {self.dataset} has {dates.at_least} dates; give a smaller --min-dates")
-        taken = Counter(len(item.place[1]) for item in self.items)
+        taken = Counter(len(item.place[1]) for item in self.items if source.scenes[item.place[1][0]].broken is None)
         self.notes = (
             *source.notes,
-            f"{len(self.items)} series out of {len(places)} places: "
-            + ", ".join(f"{count} of {n} date{'s' * (n > 1)}" for n, count in sorted(taken.items())),
+            "series: " + ", ".join(f"{count} of {n} date{'s' * (n > 1)}" for n, count in sorted(taken.items())),
             *(f"{count} {words}" for words, count in lost.items() if count),
         )
 
@@ -174,35 +177,23 @@ class Series:
     def _date(self, item: Item, grid: Grid, number: int, window: list[int]) -> Sample:
         """One scene in a window of the place's grid."""
         scene = self.source.scenes[number]
-        if _aligned(grid, self.source._grids[number]):
+        if aligned(grid, self.source._grids[number]):
             return self.source.read(replace(item, place=(number, *window)))
-        top, left, height, width = window
-        contracts = self.source.contracts
-        return Sample({
-            s.modality: _part(s, contracts[s.modality], grid, (top, left, height, width), self.resampling) for s in scene.stacks
-        })  # fmt: skip
-
-
-@dataclass
-class _Choice:
-    """Partners that a sample could have: the nearest in time, whether there is any at all, whether there are several."""
-
-    number: int | None = None
-    some: bool = False
-    several: bool = False
+        return Sample({s.modality: _part(self.source, s, grid, window, self.resampling) for s in scene.stacks})
 
 
 class _Found:
-    """Counts of a join: all samples are matched, late or unmatched."""
+    """Counts of a join: every sample is matched, late or unmatched."""
 
     def __init__(self) -> None:
         self.samples: Counter[str] = Counter()
         self.words: Counter[str] = Counter()
 
-    def add(self, choice: _Choice) -> int | None:
-        self.samples["matched" if choice.number is not None else "late" if choice.some else "unmatched"] += 1
-        self.samples["several"] += choice.several
-        return choice.number
+    def add(self, number: int | None, *, some: bool, several: bool) -> int | None:
+        """Count one sample, whose partner is `number`; `some`: there is one, if too late, `several`: the rule names more."""
+        self.samples["matched" if number is not None else "late" if some else "unmatched"] += 1
+        self.samples["several"] += several
+        return number
 
     def lines(self, pairs: Pairs) -> tuple[str, ...]:
         matched, unmatched, late, several = (self.samples[name] for name in ("matched", "unmatched", "late", "several"))
@@ -224,7 +215,7 @@ def _scene_partners(
     found.words["scenes of the partners cannot be read"] = len(other.scenes) - len(whole)
     if pairs.by == "footprint":
         own = [n for n, grid in enumerate(primary._grids) if grid is not None]
-        met = neighbours(boxes([_present(primary, n) for n in own]), boxes([other.scenes[n].stacks[0].grid for n in whole]))
+        met = neighbours(boxes([_grid(primary, n) for n in own]), boxes([other.scenes[n].stacks[0].grid for n in whole]))
         candidates = {n: [whole[k] for k in some] for n, some in zip(own, met, strict=True)}
     else:
         ours, theirs = ([(scene.name, scene.lookup) for scene in source.scenes] for source in (primary, other))
@@ -233,32 +224,37 @@ def _scene_partners(
         candidates = {n: [k for k in some if k in readable] for n, some in candidates.items()}
     numbers: list[int | None] = []
     for of, group in groupby(primary.items, key=lambda item: item.place[0]):
-        windows = [item.place[1:] for item in group]
-        numbers += [found.add(choice) for choice in _nearest(primary, other, pairs, of, windows, candidates.get(of, []))]
+        windows, mine = np.array([item.place[1:] for item in group]), candidates.get(of, [])
+        several = pairs.by != "footprint" and len(mine) > 1
+        for number, some in _nearest(primary, other, pairs, of, windows, mine):
+            numbers.append(found.add(number, some=some, several=several))
     return numbers
 
 
 def _nearest(
-    primary: Scenes, other: Scenes, pairs: Pairs, of: int, windows: list[Sequence[int]], candidates: list[int]
-) -> list[_Choice]:  # fmt: skip
-    """What each chip of scene `of` may be joined with."""
-    scene, grid = primary.scenes[of], primary._grids[of]
-    if grid is None or not candidates:
-        return [_Choice() for _ in windows]
-    shares = covers(grid, np.array(windows), [other.scenes[k].stacks[0].grid for k in candidates]) >= pairs.min_cover
+    primary: Scenes, other: Scenes, pairs: Pairs, of: int, windows_n4: np.ndarray, candidates: list[int]
+) -> list[tuple[int | None, bool]]:  # fmt: skip
+    """(partner, whether there is any at all) of each chip of scene `of`."""
+    scene = primary.scenes[of]
+    if scene.broken is not None or not candidates:
+        return [(None, False)] * len(windows_n4)
     partners = [other.scenes[k] for k in candidates]
-    met = shares.any(axis=1)
-    if pairs.within_days is not None and met.any():
-        _check_times([scene, *(p for p, some in zip(partners, met, strict=True) if some)])
-    ranks = [(days_apart(scene.time, p.time), p.name) for p in partners]
-    order = sorted(range(len(partners)), key=lambda row: ranks[row])
-    soon = [row for row in order if pairs.within_days is None or ranks[row][0] <= pairs.within_days]
-    some, several = shares.any(axis=0), shares.sum(axis=0) > 1
-    made = [_Choice(None, bool(a), bool(b)) for a, b in zip(some, several, strict=True)]
-    for row in reversed(soon):  # the nearest is the last to write
-        for column in np.flatnonzero(shares[row]):
-            made[column].number = candidates[row]
-    return made
+    if pairs.within_days is not None:
+        _check_times([scene, *partners])
+    ranks = sorted((days_apart(scene.time, p.time), p.name, k) for p, k in zip(partners, candidates, strict=True))
+    limit = np.inf if pairs.within_days is None else pairs.within_days
+    chosen: list[int | None] = [None] * len(windows_n4)
+    some = np.zeros(len(windows_n4), bool)
+    for late in (False, True):  # the late ones only for those that have no other, to say what they lack
+        rest = np.flatnonzero(~some)
+        numbers = [k for days, _, k in ranks if (days > limit) == late]
+        if len(rest) and numbers:
+            grids = [other.scenes[k].stacks[0].grid for k in numbers]
+            enough = covers(_grid(primary, of), windows_n4[rest], grids) >= pairs.min_cover
+            some[rest] = enough.any(axis=0)
+            for column in () if late else np.flatnonzero(enough.any(axis=0)):
+                chosen[rest[column]] = numbers[int(enough[:, column].argmax())]
+    return list(zip(chosen, some.tolist(), strict=True))
 
 
 def _item_partners(
@@ -270,14 +266,14 @@ def _item_partners(
         raise InputError(f"joining by footprint needs scenes with a georeference; {vague.dataset} ({vague.kind}) has none")
     ours, theirs = ([(item.key, item.lookup) for item in source.items] for source in (primary, other))
     candidates = _named(primary.dataset, ours, other.dataset, theirs, table, found)
-    numbers = []
+    numbers: list[int | None] = []
     for number, item in enumerate(primary.items):
         some = candidates.get(number, [])
         if some and pairs.within_days is not None:
             _check_times([item, *(other.items[k] for k in some)])
         ranks = sorted((days_apart(item.time, other.items[k].time), other.items[k].key, k) for k in some)
         soon = [k for days, _, k in ranks if pairs.within_days is None or days <= pairs.within_days]
-        numbers.append(found.add(_Choice(soon[0] if soon else None, bool(some), len(some) > 1)))
+        numbers.append(found.add(soon[0] if soon else None, some=bool(some), several=len(some) > 1))
     return numbers
 
 
@@ -312,39 +308,24 @@ def _check_times(members: Sequence[Scene | Item]) -> None:
 def _places(source: Scenes, lost: Counter[str]) -> list[list[int]]:
     """Scenes by place: the first in time, whose grid counts, and those that share most of its ground. Broken ones are alone."""
     scenes = source.scenes
-    order = sorted((n for n, g in enumerate(source._grids) if g is not None), key=lambda n: (scenes[n].time, scenes[n].name))
-    near = neighbours(found := boxes([_present(source, n) for n in order]), found)
+    order = sorted((n for n, s in enumerate(scenes) if s.broken is None), key=lambda n: (seconds(scenes[n].time), scenes[n].name))
+    found = boxes([_grid(source, n) for n in order])
     places: dict[int, list[int]] = {}
-    times: dict[int, set[str | None]] = {}
-    for row, number in enumerate(order):
-        firsts = [order[k] for k in near[row] if order[k] in places]
-        shares = [_shared(_present(source, first), _present(source, number)) for first in firsts]
-        home = firsts[int(np.argmax(shares))] if shares and max(shares) >= _ALIKE else number
-        twice = scenes[number].time in times.setdefault(home, set())
-        lost["scenes are of the same place and time as one before them, and are left out"] += twice
-        if not twice:
-            times[home].add(scenes[number].time)
-            places.setdefault(home, []).append(number)
-    return list(places.values()) + [[n] for n, grid in enumerate(source._grids) if grid is None]
-
-
-def _shared(one: Grid, two: Grid) -> float:
-    """The smaller of the shares of two grids that lie on the other."""
-    if _aligned(one, two):
-        return 1.0
-    whole = (np.array([[0, 0, grid.height, grid.width]]) for grid in (one, two))
-    return min(covers(grid, window, [other]).item() for grid, other, window in zip((one, two), (two, one), whole, strict=True))
-
-
-def _aligned(one: Grid | None, two: Grid | None) -> bool:
-    """Whether both have the same pixels, to half of one."""
-    if one is None or two is None:
-        return one is two
-    if (one.height, one.width, one.crs) != (two.height, two.width, two.crs):
-        return False
-    back = ~one.transform
-    corners = [(0, 0), (one.width, 0), (0, one.height), (one.width, one.height)]
-    return all(np.abs(np.subtract(back * two.at(x, y), (x, y))).max() <= 0.5 for x, y in corners)
+    times: dict[int, set[int]] = {}
+    for number, near in zip(order, neighbours(found, found), strict=True):
+        firsts, grid = [order[k] for k in near if order[k] in places], _grid(source, number)
+        home = next((first for first in firsts if aligned(_grid(source, first), grid)), None)
+        if home is None and firsts:
+            share, best = max((alike(_grid(source, first), grid), -first) for first in firsts)
+            home = -best if share >= _ALIKE else None
+        home = number if home is None else home
+        time = seconds(scenes[number].time)
+        if time in times.setdefault(home, set()):
+            lost["scenes are of the same place and time as one before them, and are left out"] += 1
+            continue
+        times[home].add(time)
+        places.setdefault(home, []).append(number)
+    return list(places.values()) + [[n] for n, scene in enumerate(scenes) if scene.broken is not None]
 
 
 def _series(source: Scenes, places: list[list[int]], dates: Dates, lost: Counter[str]) -> list[Item]:
@@ -357,7 +338,7 @@ def _series(source: Scenes, places: list[list[int]], dates: Dates, lost: Counter
             made += [replace(item, place=(item.place, (first,))) for item in items]
             continue
         windows = np.array([item.place[1:] for item in items])
-        grids = [_present(source, n) for n in place]
+        grids = [_grid(source, n) for n in place]
         seen = covers(grid, windows, grids) >= dates.min_cover
         cut: dict[bytes, list[tuple[int, ...]]] = {}
         for column, item in enumerate(items):
@@ -416,12 +397,10 @@ def _stacked(parts: list[Part | None], contract: InputContract) -> Part:
     ]
     valid = np.stack(codes)
     said = "; ".join(dict.fromkeys(part.scale_source for part in some))
-    return Part(
-        pixels, valid=None if (valid == 1).all() else valid, scale=first.scale, add=first.add, scale_source=said
-    )  # fmt: skip
+    return Part(pixels, valid=None if (valid == 1).all() else valid, scale=first.scale, add=first.add, scale_source=said)
 
 
-def _present(source: Scenes, number: int) -> Grid:
+def _grid(source: Scenes, number: int) -> Grid:
     grid = source._grids[number]
     assert grid is not None
     return grid
@@ -448,50 +427,19 @@ def _mark(*said: object) -> str:
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
-def _part(stack: Stack, contract: InputContract, grid: Grid, window: _Window, resampling: str) -> Part:
-    """A stack of another grid in a window of `grid`; what lies beyond it is nodata."""
-    read = [_window(path, grid, window, resampling, contract.nodata) for path in stack.paths]
-    pixels = np.concatenate([values for values, _ in read]).astype(contract.dtype, copy=False)
+def _part(source: Scenes, stack: Stack, grid: Grid, window: Sequence[int], resampling: str) -> Part:
+    """A stack of `source` in a window of another grid; what lies beyond it is nodata."""
+    nodata = source.contracts[stack.modality].nodata
+    read = [read_onto(path, source.fingerprint, grid, window, resampling, nodata) for path in stack.paths]
+    pixels = np.concatenate([values for values, _ in read])
     seen = np.logical_and.reduce([inside for _, inside in read])
     if pixels.dtype.kind == "f":
         seen &= np.isfinite(pixels).all(axis=0)
-    if contract.nodata is not None:
-        seen &= (pixels != contract.nodata).all(axis=0)
+    if nodata is not None:
+        seen &= (pixels != nodata).all(axis=0)
     codes = seen.astype(np.uint8)
     if stack.mask is not None:
-        mask, inside = _window(stack.mask.path, grid, window, "nearest", None)
+        mask, inside = read_onto(stack.mask.path, source.fingerprint, grid, window, "nearest", None)
         codes *= _decoded(mask[0], stack.mask) * inside
     scale = 1.0 if stack.scale is None else stack.scale
     return Part(pixels, valid=None if (codes == 1).all() else codes, scale=scale, add=stack.add, scale_source=stack.said)
-
-
-def _window(path: str, grid: Grid, window: _Window, resampling: str, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """(C, height, width) of a window of `grid`, and which of its pixels (height, width) the file reaches."""
-    top, left, height, width = window
-    try:
-        file, bands = _warped(path, (os.getpid(), threading.get_ident()), grid, resampling, nodata)
-        read = file.read(window=((top, top + height), (left, left + width)))
-    except raster_errors() as error:
-        raise DecodeError(f"{path.rpartition('/')[2]}: {error.__cause__ or error}") from None
-    return read[:bands], np.ones((height, width), bool) if len(read) == bands else read[bands] != 0
-
-
-@lru_cache(maxsize=512)
-def _warped(path: str, here: tuple[int, int], grid: Grid, resampling: str, nodata: float | None) -> tuple[Any, int]:
-    """The file on `grid`, and its number of bands: one more tells what it reaches, where no value does.
-
-    `here` keeps processes and threads apart, since GDAL's datasets survive neither a fork nor a thread.
-    """
-    from rasterio.enums import ColorInterp, Resampling
-    from rasterio.vrt import WarpedVRT
-
-    file = open_raster(path)
-    if grid_of(file) == grid:
-        return file, file.count
-    if nodata is None and np.dtype(file.dtypes[0]).kind == "f":
-        nodata = float("nan")
-    made = WarpedVRT(
-        file, crs=grid.crs, transform=grid.transform, height=grid.height, width=grid.width, resampling=Resampling[resampling],
-        src_nodata=nodata, nodata=nodata, add_alpha=nodata is None and ColorInterp.alpha not in file.colorinterp,
-    )  # fmt: skip
-    return made, file.count

@@ -1,22 +1,27 @@
 """What belongs to one sample: the rules that a person gives, and what they need to know of ground, time and names."""
 
 import csv
+import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 import numpy as np
 
+from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
 from swath.shards.index import NO_TIME
-from swath.shards.sources.scene import Grid
+from swath.shards.sources.parts import reached
+from swath.shards.sources.scene import Grid, grid_of, open_raster, raster_errors
 from swath.shards.writer import seconds
 
 _MAX_BYTES = 1 << 26  # of a table
 _DAY = 86_400
 _LATTICE = 5  # points along each side of a footprint
-_CELLS = 16  # along each side of a chip that a partner covers in part
+_CELLS, _CHUNK = 64, 256  # along each side of a chip that a partner covers in part, at most; such chips looked at together
 _SLACK = 1e-3  # px: of coordinates that went through two projections
 
 
@@ -127,34 +132,55 @@ def neighbours(own: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
 
 
 def covers(grid: Grid, windows_n4: np.ndarray, others: Sequence[Grid]) -> np.ndarray:
-    """(len(others), N) shares of windows (top, left, height, width) of `grid` that lie on each of `others`, to 1/256.
+    """(len(others), N) shares of windows (top, left, height, width) of `grid` that lie on each of `others`.
 
-    A window is taken as straight-sided on the other grid, which chips are.
+    Counted in pixels, of sides beyond 64 in 64 steps. A window is taken as straight-sided on the other grid, which chips are.
     """
     from rasterio.warp import transform
 
     top, left, height, width = windows_n4.T.astype(np.float64)
     xs, ys = grid.at(left[:, None] + width[:, None] * [0, 1, 0, 1], top[:, None] + height[:, None] * [0, 0, 1, 1])
+    v, u = ((np.arange(n) + 0.5) / n for n in np.minimum(windows_n4[:, 2:].max(axis=0), _CELLS))
+    u, v = (axis.ravel() for axis in np.meshgrid(u, v))
+    weights = np.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v])
     places: dict[Any, tuple[np.ndarray, np.ndarray]] = {grid.crs: (xs, ys)}
     made = np.zeros((len(others), len(windows_n4)))
     for row, other in zip(made, others, strict=True):
         if other.crs not in places:
             moved = transform(grid.crs, other.crs, xs.ravel().tolist(), ys.ravel().tolist())[:2]
             places[other.crs] = np.reshape(moved[0], xs.shape), np.reshape(moved[1], ys.shape)
-        back = ~other.transform
-        x, y = places[other.crs]
-        x, y = back.a * x + back.b * y + back.c, back.d * x + back.e * y + back.f
+        x, y = _pixels(other, *places[other.crs])
         inside = _inside(x, y, other).all(axis=1)
         apart = ~(  # also where a projection has no place for it, and all comparisons are false
             (x.max(axis=1) > 0) & (x.min(axis=1) < other.width) & (y.max(axis=1) > 0) & (y.min(axis=1) < other.height)
         )
         row[inside] = 1
-        if len(part := np.flatnonzero(~inside & ~apart)):
-            step = (np.arange(_CELLS) + 0.5) / _CELLS
-            u, v = (axis.ravel() for axis in np.meshgrid(step, step))
-            weights = np.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v])
-            row[part] = _inside(x[part] @ weights, y[part] @ weights, other).mean(axis=1)
+        part = np.flatnonzero(~inside & ~apart)
+        for some in (part[start : start + _CHUNK] for start in range(0, len(part), _CHUNK)):
+            row[some] = _inside(x[some] @ weights, y[some] @ weights, other).mean(axis=1)
     return made
+
+
+def aligned(one: Grid | None, two: Grid | None) -> bool:
+    """Whether both have the same pixels, to half of one."""
+    if one is None or two is None:
+        return one is two
+    if (one.height, one.width, one.crs) != (two.height, two.width, two.crs):
+        return False
+    x, y = (axis.ravel() for axis in np.meshgrid([0, one.width], [0, one.height]))
+    return bool(np.abs(np.subtract(_pixels(one, *two.at(x, y)), (x, y))).max() <= 0.5)
+
+
+def alike(one: Grid, two: Grid) -> float:
+    """The smaller of the shares of two grids that lie on the other."""
+    whole = [np.array([[0, 0, grid.height, grid.width]]) for grid in (one, two)]
+    return min(covers(one, whole[0], [two]).item(), covers(two, whole[1], [one]).item())
+
+
+def _pixels(grid: Grid, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel coordinates of ground coordinates: `Grid.at` the other way round."""
+    back = ~grid.transform
+    return back.a * x + back.b * y + back.c, back.d * x + back.e * y + back.f
 
 
 def _inside(x: np.ndarray, y: np.ndarray, grid: Grid) -> np.ndarray:
@@ -199,3 +225,39 @@ def read_table(path: Path) -> list[tuple[str, str]]:
     if not rows:
         raise InputError(f"table of pairs {path} has no rows")
     return rows
+
+
+def read_onto(
+    path: str, mark: str, grid: Grid, window: Sequence[int], resampling: str, nodata: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(C, height, width) of a window (top, left, height, width) of `grid`, and which of its pixels (height, width) the file
+    reaches. `mark` is the fingerprint of its source. Raises DecodeError."""
+    top, left, height, width = window
+    try:
+        with reached():
+            file, bands = _warped(path, (mark, os.getpid(), threading.get_ident()), grid, resampling, nodata)
+            read = file.read(window=((top, top + height), (left, left + width)))
+    except raster_errors() as error:
+        raise DecodeError(f"{path.rpartition('/')[2]}: {error.__cause__ or error}") from None
+    return read[:bands], np.ones((height, width), bool) if len(read) == bands else read[bands] != 0
+
+
+@lru_cache(maxsize=512)
+def _warped(path: str, here: tuple[str, int, int], grid: Grid, resampling: str, nodata: float | None) -> tuple[Any, int]:
+    """The file on `grid`, and its number of bands: one more tells what it reaches, where no value does.
+
+    `here` keeps sources, processes and threads apart: GDAL's datasets survive neither a fork nor a thread.
+    """
+    from rasterio.enums import ColorInterp, Resampling
+    from rasterio.vrt import WarpedVRT
+
+    file = open_raster(path)
+    if grid_of(file) == grid:
+        return file, file.count
+    if nodata is None and np.dtype(file.dtypes[0]).kind == "f":
+        nodata = float("nan")
+    made = WarpedVRT(
+        file, crs=grid.crs, transform=grid.transform, height=grid.height, width=grid.width, resampling=Resampling[resampling],
+        src_nodata=nodata, nodata=nodata, add_alpha=nodata is None and ColorInterp.alpha not in file.colorinterp,
+    )  # fmt: skip
+    return made, file.count

@@ -16,6 +16,8 @@ from swath.shards.sources.folder import TIFF, files_below
 from swath.shards.sources.images import EXTENSIONS as IMAGES
 from swath.shards.sources.images import Images
 from swath.shards.sources.landsat import MTL, Landsat
+from swath.shards.sources.mirror import Mirror
+from swath.shards.sources.parts import data_of
 from swath.shards.sources.rasters import EXTENSIONS, Rasters
 from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
 from swath.shards.sources.source import Options, Source
@@ -29,17 +31,21 @@ ARRAYS: dict[str, Callable[[Path, Options], Source]] = {
     ".he5": open_hdf5,
     ".zarr": open_zarr,
 }
+_IN_PARTS = (Rasters, Landsat, Stac)  # what reads GeoTIFFs by way of rasterio only
 _GEO_TAGS = (33550, 34264, 34735)  # ModelPixelScale, ModelTransformation, GeoKeyDirectory
 _BITS, _PHOTOMETRIC, _RGB = 258, 262, 2
 _LOOKS = 16  # JSON files that are opened to find out whether they are of STAC
 
 
-def open_source(path: Path, options: Options, recipe: str | None = None) -> Source:
+def open_source(path: Path | Mirror, options: Options, recipe: str | None = None) -> Source:
     """By the named recipe, else by what the files are.
 
     Products with their own metadata come first (Sentinel-2 `.SAFE`, Landsat, STAC), then formats of arrays, then rasters
     (GeoTIFF, VRT, ENVI, JPEG 2000, netCDF); what is left, with plain RGB TIFFs, is images. Raises InputError.
     """
+    if isinstance(path, Mirror):
+        there = path.mount()
+        path = there if recipe is None and _opener(there) in _IN_PARTS else path.whole()
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder or a zip of images or of scenes")
     if recipe is not None:
@@ -87,7 +93,7 @@ def _refuse_file(path: Path, options: Options) -> Source:
 def _is_picture(path: Path) -> bool:
     """A plain RGB TIFF without georeference, by its tags alone; whatever is odd is left to rasterio to judge."""
     try:
-        with path.open("rb") as file:
+        with data_of(path) as file:
             head = file.read(8)
             tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8 if head[2:3] == b"\x2b" else 0))
             file.seek(tags.next)

@@ -44,7 +44,7 @@ class File:
     @property
     def stamp(self) -> int:
         """What a copy has for its time (ns), so that whoever looks for changes sees those on the server, and no others."""
-        return int(self.key[:14], 16)  # before 1973, for any
+        return int(self.key[:7], 16) * 10**9  # whole seconds before 1979, which every file system can keep
 
 
 class Servers:
@@ -101,6 +101,11 @@ _failed = threading.local()
 def stand_in(path: Path, file: File, servers: Servers, cache: Cache) -> None:
     """From now on `path` is read from its server, in this process."""
     _served[str(path)] = _Served(file, servers, cache)
+
+
+def forget(path: Path) -> None:
+    """The file itself is there."""
+    _served.pop(str(path), None)
 
 
 def data_of(path: Path) -> IO[bytes]:

@@ -16,10 +16,12 @@ from swath.shards.remote import Remote, is_remote
 from swath.shards.sources.parts import File, Servers
 from swath.shards.sources.stac import MAX_BYTES, NOT_DATA, RASTERS, parse_json
 
-_T, _S = TypeVar("_T"), TypeVar("_S")
+_T = TypeVar("_T")
+_S = TypeVar("_S")
 _MANY = 2_000_000  # files, documents, lines: beyond it something leads in circles
 _DEEP = 32  # folders in one another
 _THREADS = 8
+_SCENES = (*RASTERS, ".nc")
 _FOLDERS = (".safe", ".zarr")  # extensions of folders
 _ELSEWHERE = "elsewhere"  # where assets of other servers lie in the copy
 
@@ -73,7 +75,8 @@ def find_files(address: str, servers: Servers) -> Found:
     if name.lower().endswith(".txt"):
         return _listed(f"{address.rpartition('/')[0]}/", _lines(servers.text(address, MAX_BYTES), address), servers)
     last = _local_name(address.rpartition("/")[2], remote.scheme)
-    return Found(_checked({last: File(address, files[name] or servers.facts(address))}, address), entry=last)
+    entry = "" if last.lower().endswith(_SCENES) else last  # sources want the folder of such
+    return Found(_checked({last: File(address, files[name] or servers.facts(address))}, address), entry=entry)
 
 
 def remote_items(path: Path, servers: Servers) -> Found | None:
@@ -126,7 +129,7 @@ def _listed(base: str, names: list[str], servers: Servers) -> Found:
 def _checked(files: dict[str, File], address: str) -> dict[str, File]:
     if not files:
         raise InputError(
-            f"{address} holds no files that can be listed; give a bucket, an index page, a list of names (.txt) or a STAC document"
+            f"{address} has no files that can be listed; give a bucket, an index page, a list of names (.txt) or a STAC document"
         )
     if len(files) > _MANY:
         raise InputError(f"{address} holds more than {_MANY} files; name a folder of it")
@@ -220,7 +223,9 @@ def _joined(here: str, href: str, host: str | None) -> str:
     if not is_remote(href) and (not is_remote(here) or href.startswith("/vsi") or "://" in href):
         raise InputError(f"{here} has relative and remote references; write them all in one way")
     if host is not None and parts.netloc != host and parts.scheme in ("http", "https") and _is_private(parts.hostname or ""):
-        raise InputError(f"{here} leads to {parts.hostname}, which is not on the internet; copy what it has, or its relative path")
+        raise InputError(
+            f"{here} leads to {parts.hostname}, which is not on the internet; copy what it has there"
+        )
     return address
 
 

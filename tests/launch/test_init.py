@@ -8,16 +8,13 @@ import pytest
 
 from swath.shards.manifest import read_manifest
 from tests.launch.test_cli import TINY, run
-
-pytest.importorskip("rasterio")
+from tests.shards.test_first_contact import dn, tif
 
 
 def test_from_twenty_tiles_to_the_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Ten minutes on two cores is the promise; this takes seconds."""
     tiles, recipe, shards, trained = (tmp_path / name for name in ("tiles", "recipe.yaml", "shards", "run"))
     assert run(capsys, "scenes", "--out", tiles, "--count", 20, "--size", 128)[0] == 0
-    for path in tiles.glob("*_*.tif"):
-        path.rename(path.with_name(path.name.replace("scene_", "S2A_")))
     begun = time.perf_counter()
     code, out, _ = run(capsys, "init", tiles, "--out", recipe)
     assert code == 0 and f"{recipe}: 0 guesses to confirm" in out and f"swath shard {recipe}" in out
@@ -31,8 +28,6 @@ def test_from_twenty_tiles_to_the_first_step(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_guesses_are_listed_refused_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from tests.shards.test_first_contact import dn, tif
-
     for number in range(3):
         tif(tmp_path / "set" / f"S2A_MSIL2A_{number}.tif", dn(seed=number))
     recipe = tmp_path / "recipe.yaml"

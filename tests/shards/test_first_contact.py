@@ -1,4 +1,4 @@
-"""`swath init`: what is told is found, the rest is guessed and marked, what is odd is said; a recipe does as its options would."""
+"""`swath init`: what is told is found, the rest is guessed and marked, what is odd is said; recipes do as options would."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +15,13 @@ from swath.shards.errors import InputError
 from swath.shards.first_contact import confirmed, first_contact
 from swath.shards.ingest import shard
 from swath.shards.sources.source import Options
+from tests.shards.sources import test_landsat as landsat
+from tests.shards.sources import test_safe as safe
+from tests.shards.sources import test_stac as stac
 from tests.shards.test_real_data import need
 
 rasterio = pytest.importorskip("rasterio")
-pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::UserWarning")
 BANDS = ("B02", "B03", "B04", "B08")
 
 
@@ -140,7 +143,7 @@ def test_a_recipe_does_what_its_options_do(tmp_path: Path):
         ("source: &a set\nsensor: *a\n", "alias"),
         ("source: !!python/object/apply:os.system [true]\n", "not YAML"),
         ("source: 2019-99-99\n", "not YAML"),
-        ("source: set\nbands: " + "[" * 5000, "not YAML"),
+        ("source: set\nbands: " + "[" * 5000, "nested deeper"),
         ("sensor: sentinel2\n", "no entry `source`"),
         ("- source\n", "no entry `source`"),
         ("", "no entry `source`"),
@@ -279,6 +282,25 @@ def test_published_data_sets_by_their_layout(tmp_path: Path):
     assert shard(source, tmp_path / "out", options=options, recipe=layout, progress=False)[""].dataset == "eurosat_rgb"
 
 
+def test_products_tell_all_of_themselves(tmp_path: Path):
+    """Old and new baseline together: each keeps its own offset, and a recipe must not give one to both."""
+    for name, baseline, offset in ((safe.L2A, "04.00", -1000), (safe.OLD, "02.06", None)):
+        safe.product(tmp_path / "safe", name, baseline, offset)
+    landsat.scene(tmp_path / "landsat", landsat.L8, landsat.SURFACE | {"ST_B10": 44_000}, landsat.second_level())
+    (tmp_path / "stac").mkdir()
+    stac.item(tmp_path / "stac", "one")
+    for kind, level, bands, add in (("safe", "L2A", 12, None), ("landsat", "L2SP", 7, -0.2), ("stac", "L2A", 5, -0.1)):
+        (tmp_path / f"{kind}_recipe").mkdir()
+        recipe, text, _ = init(tmp_path / kind, tmp_path / f"{kind}_recipe")
+        assert not recipe.unconfirmed
+        assert recipe.options == Options()
+        assert (recipe.entries["level"].found, recipe.entries["add"].found) == (level, add)
+        assert len(recipe.entries["bands"].found or ()) == bands
+        assert f"({kind}); " in text
+        assert confirmed(tmp_path / f"{kind}_recipe" / "recipe.yaml")[2] == Options()
+    assert "each file keeps its own" in (tmp_path / "safe_recipe" / "recipe.yaml").read_text()
+
+
 def test_only_a_few_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Evenly over the archive, whose first and last files are among them."""
     told(tmp_path / "set", 150)
@@ -297,6 +319,18 @@ def test_only_a_few_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
     opened.clear()
     confirmed(tmp_path / "recipe.yaml")
     assert len(opened) == 20
+
+
+def test_names_of_files_are_no_yaml(tmp_path: Path):
+    """What an archive calls its files, bands and folders must not become entries of the recipe, nor break it."""
+    archive = tmp_path / 'a: "b" #\nlevel: L9 \u2028'
+    for number in range(2):
+        tif(archive / f"S2A_{number}\nadd: 7.tif", dn(), names=("B02", "x\ny: 1", "on", "1e3"), crs=None)
+    (archive / "S2A_\nnodata: 3.tif").write_bytes(b"II*\0none")
+    recipe, _, _ = init(archive, tmp_path)
+    assert recipe.entries["bands"].found == ("B02", "x\ny: 1", "on", "1e3")
+    assert recipe.options == Options()
+    assert confirmed(tmp_path / "recipe.yaml", yes=True)[0] == archive
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path):
@@ -339,3 +373,12 @@ def test_published_samples(tmp_path: Path):
     for number, (name, layout) in enumerate((("hsi/SalinasA", "salinas_a"), ("EuroSAT_RGB.zip", "eurosat_rgb"))):
         (tmp_path / str(number)).mkdir()
         assert init(need(name), tmp_path / str(number))[0].layout == layout
+
+
+def test_the_documented_recipes_are_recipes(tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "first-contact.md").read_text()
+    blocks = page.split("```yaml\n")[1:]
+    assert len(blocks) == 2
+    for block, count in zip(blocks, (5, 1), strict=True):
+        (tmp_path / "recipe.yaml").write_text(block.partition("```")[0])
+        assert len(read_archive_recipe(tmp_path / "recipe.yaml").unconfirmed) == count

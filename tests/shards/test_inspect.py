@@ -447,13 +447,15 @@ def test_a_scale_of_its_own_for_each_of_many_samples(tmp_path: Path, monkeypatch
     folder = make_shards(tmp_path / "shards", samples=40)
     index = ShardReader(folder).index
     members = np.array(index.members)
-    members["scale"][:, 0] = np.arange(40) + 1
+    members["scale"][:, 0] = np.arange(40) % 25 + 1
     members["format"][5, 0] = FORMATS.index("absent")
     Index(index.samples, members, index.keys, index.columns).write(folder)
     monkeypatch.setattr(survey_module, "_PAIRS", 20)
+    monkeypatch.setattr(survey_module, "CHUNK", 25)
     found = survey(ShardReader(folder)).stored["image"]
     assert found.samples == 39 and len(found.pairs) == 20
-    assert "other scales and offsets in 29 samples" in inspect(folder).text
+    assert (found.pairs[1.0, 0.0], found.first[1.0, 0.0], found.pairs[25.0, 0.0]) == (2, 0, 0)
+    assert "other scales and offsets in 19 samples" in inspect(folder).text
 
 
 @pytest.mark.parametrize(

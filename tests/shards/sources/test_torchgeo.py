@@ -158,7 +158,7 @@ def test_what_is_refused(root: Path, name: str, match: str):
 
 
 def test_nothing_there(tmp_path: Path, torchgeo: None):
-    with pytest.raises(InputError, match="finds nothing in .*FileNotFoundError: no train in the folder") as caught:
+    with pytest.raises(InputError, match=r"finds nothing in .*FileNotFoundError: no train in the folder") as caught:
         open_torchgeo("EuroSAT", tmp_path, Options())
     assert "\n" not in str(caught.value)
 
