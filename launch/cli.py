@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_demo)
 
     commands.add_parser("doctor", help="what this machine has, and what swath will use").set_defaults(run=_doctor)
-    commands.add_parser("recipes", help="the shipped recipes, and the published data sets whose layout is known").set_defaults(run=_recipes)
+    commands.add_parser("recipes", help="shipped recipes, and published data sets of known layout").set_defaults(run=_recipes)
 
     p = commands.add_parser("index", help="rebuild the index of a folder of shards")
     p.add_argument("folder", type=Path)

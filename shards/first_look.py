@@ -23,12 +23,8 @@ from swath.shards.sources.beside import METADATA, left_out, split_beside
 from swath.shards.sources.cut import Scenes
 from swath.shards.sources.folder import files_below
 from swath.shards.sources.landsat import MTL, Landsat
-from swath.shards.sources.open import _opener as opener_of
-from swath.shards.sources.rasters import _GRD as GRD
-from swath.shards.sources.rasters import RAW_RADAR, Rasters, raster_files, scene_name
-from swath.shards.sources.rasters import _group as grouped
-from swath.shards.sources.rasters import _meaning as meaning
-from swath.shards.sources.rasters import _scene as raster_scene
+from swath.shards.sources.open import opener_of
+from swath.shards.sources.rasters import GRD, RAW_RADAR, Rasters, grouped, meaning, raster_files, raster_scene, scene_name
 from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
 from swath.shards.sources.scene import Scene, Stack, open_raster, raster_errors
 from swath.shards.sources.source import Options, Source

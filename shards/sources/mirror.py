@@ -169,19 +169,17 @@ def _renew(address: str, top: Path, wanted: _Wanted, servers: Servers) -> None:
         handle = _locked(home)
         try:
             while _work(top, wanted):
-                if not _alone(handle):
+                if not _taken(handle, fcntl.LOCK_EX):
                     if time.monotonic() > end:
-                        raise InputError(
-                            f"another process uses {address} in {home}; wait for it, or give another --cache"
-                        )
+                        raise InputError(f"another process uses {address} in {home}; wait for it, or give another --cache")
                     time.sleep(0.05)
-                    fcntl.flock(handle, fcntl.LOCK_SH)
+                    _share(handle, home)
                 elif not _same(handle, home / "lock"):
                     os.close(handle)
                     handle = _locked(home)
                 else:
                     _fetch(address, top, wanted, _work(top, wanted), servers)
-                    fcntl.flock(handle, fcntl.LOCK_SH)
+                    _share(handle, home)
         except BaseException:
             os.close(handle)
             raise
@@ -203,12 +201,13 @@ def _fetch(address: str, top: Path, wanted: _Wanted, work: list[str], servers: S
     shutil.rmtree(partial, ignore_errors=True)  # of a process that is gone
     for folder in (top, partial):
         folder.mkdir(parents=True, exist_ok=True)
+    for name in work:
+        if not (name in wanted.files or name in wanted.parted or name in wanted.texts):
+            _remove(top, name)
     copies = [name for name in work if name in wanted.files]
     size = sum(wanted.files[name].facts.size for name in copies)
     if size > (free := shutil.disk_usage(top).free):
-        raise InputError(
-            f"{address}: {size / 1e9:.3g} GB are to be copied to {top}, {free / 1e9:.3g} GB are free; give --cache"
-        )
+        raise InputError(f"{address}: {size / 1e9:.3g} GB are to be copied to {top}, {free / 1e9:.3g} GB are free; give --cache")
     _log.info("%s: %d files of %.3g MB are copied to %s", address, len(copies), size / 1e6, top)
     silent = not sys.stderr.isatty()
 
@@ -216,9 +215,6 @@ def _fetch(address: str, top: Path, wanted: _Wanted, work: list[str], servers: S
 
         def make(name: str) -> None:
             path, new = top / name, partial / sha256(name.encode()).hexdigest()
-            if name not in wanted.files and name not in wanted.parted and name not in wanted.texts:
-                path.unlink()
-                return
             with new.open("wb") as out:
                 if name in wanted.texts:
                     out.write(wanted.texts[name])
@@ -239,8 +235,17 @@ def _fetch(address: str, top: Path, wanted: _Wanted, work: list[str], servers: S
             path.parent.mkdir(parents=True, exist_ok=True)
             new.replace(path)
 
-        at_once(make, [name for name in work if name not in copies], servers)
+        at_once(make, [name for name in work if name in wanted.parted or name in wanted.texts], servers)
         at_once(make, copies, servers)
+
+
+def _remove(top: Path, name: str) -> None:
+    """With the folders that it was the last file of, whose name a file may have now."""
+    (top / name).unlink()
+    with suppress(OSError):
+        for parent in PurePosixPath(name).parents:
+            if parent.name:
+                (top / parent).rmdir()
 
 
 def _is_copy(path: Path, file: File) -> bool:
@@ -288,7 +293,7 @@ def _make_room(base: Path, home: Path, held: dict[Path, int], room: int) -> None
             return
         handle = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if _alone(handle):
+            if _taken(handle, fcntl.LOCK_EX):
                 shutil.rmtree(path)
                 total -= held[path]
         finally:
@@ -300,16 +305,26 @@ def _locked(home: Path) -> int:
     while True:
         home.mkdir(parents=True, exist_ok=True)
         handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        _share(handle, home)
         if _same(handle, home / "lock"):
             os.utime(handle)
             return handle
         os.close(handle)
 
 
-def _alone(handle: int) -> bool:
+def _share(handle: int, home: Path) -> None:
+    """Wait for a shared lock: whoever has the other goes on or ends, since no server is waited for without end."""
+    told = False
+    while not _taken(handle, fcntl.LOCK_SH):
+        if not told:
+            _log.info("another process copies to %s, which is waited for", home)
+        told = True
+        time.sleep(0.05)
+
+
+def _taken(handle: int, lock: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, lock | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

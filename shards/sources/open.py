@@ -45,15 +45,15 @@ def open_source(path: Path | Mirror, options: Options, recipe: str | None = None
     """
     if isinstance(path, Mirror):
         there = path.mount()
-        path = there if recipe is None and _opener(there) in _IN_PARTS else path.whole()
+        path = there if recipe is None and opener_of(there) in _IN_PARTS else path.whole()
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder or a zip of images or of scenes")
     if recipe is not None:
         return find(recipe).open(path, options)
-    return _opener(path)(path, options)
+    return opener_of(path)(path, options)
 
 
-def _opener(path: Path) -> Callable[[Path, Options], Source]:
+def opener_of(path: Path) -> Callable[[Path, Options], Source]:
     files = (path,) if path.is_file() else files_below(path).paths
     safe = path if is_safe(path) else next((p for p in files if safe_root(p, path) or is_safe_zip(p)), None)
     landsat = next((p for p in files if MTL.search(p.name)), None)

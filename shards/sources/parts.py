@@ -25,7 +25,7 @@ from swath.shards.cache import Cache
 from swath.shards.errors import InputError
 from swath.shards.remote import Facts, Patience, Remote
 
-BLOCK = 1 << 19  # bytes that are asked for at once: a tile or two
+BLOCK = 1 << 23  # bytes that are asked for at once: a tile or two
 MAGIC = b"swath: this file is read from its server, "
 
 
@@ -132,10 +132,14 @@ def opener_of(path: str) -> Callable[..., Any] | None:
 
 def closed_at_exit(dataset: Any) -> Any:
     """GDAL would close what is open too late, when Python is gone, and crash."""
-    if not _open:
-        atexit.register(lambda: [one.close() for one in list(_open)])
     _open.add(dataset)
     return dataset
+
+
+@atexit.register
+def _close() -> None:
+    for dataset in list(_open):
+        dataset.close()
 
 
 @contextmanager

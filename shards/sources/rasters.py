@@ -18,7 +18,7 @@ from swath.shards.sources.vrt import check_vrt
 
 EXTENSIONS = (".tif", ".tiff", ".vrt", ".jp2", ".nc")
 _RAW = "(Raw)"  # in the file names of Sentinel Hub's exports, whose DN are reflectance · 65535
-_GRD = re.compile(r"^s1[a-d]-(iw|ew|wv\d?|s\d)-(grd|slc)-", re.IGNORECASE)  # measurements out of a Sentinel-1 product
+GRD = re.compile(r"^s1[a-d]-(iw|ew|wv\d?|s\d)-(grd|slc)-", re.IGNORECASE)  # measurements out of a Sentinel-1 product
 _BESIDE_GRIDS = ("lat", "lon", "latitude", "longitude", "crs", "spatial_ref", "time")  # of a netCDF file, no bands
 
 
@@ -29,7 +29,7 @@ class Rasters(Scenes):
         load_rasterio()
         files = files_below(path)
         rasters, within = raster_files(files, path)
-        raw = next((p for p in rasters if _GRD.match(p.name)), None)
+        raw = next((p for p in rasters if GRD.match(p.name)), None)
         if raw is not None:
             raise InputError(f"{raw} {RAW_RADAR}")
         paths, beside = split_beside(rasters, {p: scene_name(path, p) for p in rasters})
@@ -37,10 +37,10 @@ class Rasters(Scenes):
             raise InputError(f"{path} holds no scenes ({', '.join(EXTENSIONS)} or ENVI); name the folder that does")
         notes = [p for p in files.paths if p.name.endswith(METADATA)]
         beside |= {p.relative_to(path).as_posix(): p for p in notes}
-        scenes = [_scene(path, name, members, beside, options) for name, members in _group(path, paths).items()]
+        scenes = [raster_scene(path, name, members, beside, options) for name, members in grouped(path, paths).items()]
         pictures = files.of(".jpg", ".jpeg", ".png")
         super().__init__(
-            path, options, "rasters", _meaning(scenes, options), stated(path, {*rasters, *within, *notes}),
+            path, options, "rasters", meaning(scenes, options), stated(path, {*rasters, *within, *notes}),
             (
                 *files.notes,
                 *left_out(beside),
@@ -83,7 +83,7 @@ def scene_name(source: Path, path: Path) -> str:
     return (path.relative_to(source).parent / (single[0] if single else path.stem)).as_posix()
 
 
-def _group(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
+def grouped(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
     """Scene name (a path without extension) → its files: one, or one per band in the sensor's order."""
     groups: dict[str, list[tuple[tuple[float, str], Path]]] = defaultdict(list)
     for path in paths:
@@ -98,7 +98,7 @@ def _spectral(name: str) -> tuple[float, str]:
     return number, name
 
 
-def _scene(source: Path, name: str, files: list[Path], beside: dict[str, Path], options: Options) -> Scene:
+def raster_scene(source: Path, name: str, files: list[Path], beside: dict[str, Path], options: Options) -> Scene:
     """Headers only. What cannot be opened is a broken scene, to be listed; what contradicts itself is an InputError."""
     shown = [p.relative_to(source).as_posix() for p in files]
     lookup = shown[0] if len(files) == 1 else name
@@ -142,7 +142,7 @@ def _time(stack: Stack, beside: Beside) -> str | None:
     return next((time for text in said if text and (time := iso_time(text))), None)
 
 
-def _meaning(scenes: list[Scene], options: Options) -> list[Scene]:
+def meaning(scenes: list[Scene], options: Options) -> list[Scene]:
     """Says of every stack which sensor's it is, and what its numbers mean; the sensor of one scene holds for those untold."""
     told = {s.name: _sensor(s.stacks[0], options) for s in scenes if s.broken is None}
     usual = next((sensor for sensor in told.values() if sensor is not None), None)

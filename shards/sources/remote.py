@@ -176,12 +176,12 @@ def _stac(data: bytes, root: str | Path, servers: Servers) -> Found:
         for item in _features(value):
             item["assets"] = _used(item)
             for asset in item["assets"].values():
-                address = _joined(here, asset["href"], host)
+                address = _joined(here, asset["href"], host, servers)
                 wanted[address] = inside(address)
                 asset["href"] = _relative(wanted[address], name)
         for link in value["links"] if isinstance(value.get("links"), list) else []:
             if isinstance(link, dict) and link.get("rel") in ("item", "child") and isinstance(link.get("href"), str):
-                address = _joined(here, link["href"], host)
+                address = _joined(here, link["href"], host, servers)
                 waiting.append((address, inside(address), None))
                 link["href"] = _relative(inside(address), name)
     facts = at_once(servers.facts, wanted, servers)
@@ -215,17 +215,16 @@ def _used(item: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(chosen.values())
 
 
-def _joined(here: str, href: str, host: str | None) -> str:
-    """The address that `href` in the document `here` means."""
+def _joined(here: str, href: str, host: str | None, servers: Servers) -> str:
+    """The address that `href` in the document `here` means; InputError for one that is not to be asked."""
     scheme, _, rest = here.partition("://")
     address = href if is_remote(href) else f"{scheme}{urljoin(f'http://{rest}', href)[4:]}"
     parts = urlsplit(address)
     if not is_remote(href) and (not is_remote(here) or href.startswith("/vsi") or "://" in href):
         raise InputError(f"{here} has relative and remote references; write them all in one way")
+    servers.of(address)
     if host is not None and parts.netloc != host and parts.scheme in ("http", "https") and _is_private(parts.hostname or ""):
-        raise InputError(
-            f"{here} leads to {parts.hostname}, which is not on the internet; copy what it has there"
-        )
+        raise InputError(f"{here} leads to {parts.hostname}, which is not on the internet; copy what it has there")
     return address
 
 

@@ -166,7 +166,7 @@ def raster_errors() -> tuple[type[Exception], ...]:
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
 
-    return RasterioError, CPLE_BaseError, OSError
+    return RasterioError, CPLE_BaseError, OSError, UnicodeEncodeError  # a name that is no UTF-8
 
 
 def open_raster(path: str) -> Any:

@@ -135,7 +135,7 @@ def test_wids_reads_what_we_read(folder: Path, wids: Any):
     shards = [
         {"url": str(folder / made.name), "nsamples": made.samples, "filesize": made.bytes} for made in reader.manifest.shards
     ]
-    read = wids.ShardListDataset(shards, transformations="numpy", keep=True)
+    read = wids.ShardListDataset(shards, transformations="numpy")
     assert len(read) == len(reader)
     for number in reversed(range(len(reader))):  # random access
         sample = read[number]

@@ -216,9 +216,12 @@ def gaia(root: Path, *, packed: bool) -> Path:
     files = {}
     for number, n in enumerate((4, 0, 1)):
         split = "test" if n == 4 else "train"
-        about = {"key": f"{number:09d}", "url": entries[n]["image_src"], "caption": "alt", "status": "success"} | (
-            {"id": f"g{n}"} if n else {}
-        )
+        about = {
+            "key": f"{number:09d}",
+            "url": "https://moved" if n == 1 else entries[n]["image_src"],
+            "caption": "alt",
+            "status": "success",
+        } | ({"id": f"g{n}"} if n else {})
         files |= {f"{split}/{number:09d}.png": png((10 * n, 0, 0)), f"{split}/{number:09d}.json": json.dumps(about).encode()}
     files |= {"train/000000007.png": png((99, 0, 0)), "train/000000007.json": b"{"}
     if packed:

@@ -36,7 +36,7 @@ def scene(
     crs: str = "EPSG:32633", dtype: Any = np.uint16, value: int = 1000, nodata: float | None = None,
     tags: dict[str, str] | None = None,
 ) -> Path:  # fmt: skip
-    """Every pixel tells its place in UTM 33, in steps of 10 m: band b holds value · (b + 1) + easting, the last one the northing."""
+    """Every pixel tells its place in UTM 33, in steps of 10 m: band b holds value · (b + 1) + easting, the last one northing."""
     pixels = np.empty((len(bands), side, side))
     place = from_origin(west, north, gsd, gsd)
     columns, rows = np.meshgrid(np.arange(side) + 0.5, np.arange(side) + 0.5)

@@ -78,8 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(name, server.failing[name].pop(0), b"")
         path = server.folder / name
         if name in server.pages or path.is_dir():
-            links = "".join(f'<a href="{quote(p.name)}{"/" * p.is_dir()}">{p.name}</a>' for p in path.iterdir()) if path.is_dir() else ""
-            page = f'<html><a href="?C=N;O=D">Name</a><a href="../">up</a><a href="https://example.com/x">x</a>{links}</html>'
+            rows = [quote(p.name) + "/" * p.is_dir() for p in path.iterdir()] if path.is_dir() else []
+            links = "".join(f'<a href="{row}">x</a>' for row in ("?C=N;O=D", "../", "https://example.com/x", *rows))
+            page = f"<html>{links}</html>"
             return self._answer(name, 200, server.pages.get(name) or page.encode(), {"Content-Type": "text/html"})
         if not path.is_file():
             return self._answer(name, 404, b"")
@@ -417,7 +418,9 @@ def test_names_that_lead_outside(name: str, server: Server, cache: CacheOptions,
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError):
         mirror(f"{server.place}/list.txt", cache)
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} - before <= {path for path in (tmp_path / "cache").rglob("lock")}
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} - before <= {
+        path for path in (tmp_path / "cache").rglob("lock")
+    }
 
 
 def test_links_that_lead_outside_are_left(server: Server, cache: CacheOptions):
@@ -458,13 +461,36 @@ def test_other_copies_make_room(server: Server, tmp_path: Path):
     for name in "abc":
         scene(server.folder / name / "S2A_x.tif", 200, ord(name) % 5)
     cache = CacheOptions(tmp_path / "cache", 400_000)
-    homes = [subprocess.run([sys.executable, "-c", _COPY, f"{server.place}/{n}", str(cache.folder)], timeout=60) for n in "ab"]
-    assert [ended.returncode for ended in homes] == [0, 0]
-    made = mirror(f"{server.place}/c", cache)
-    assert [path.parent.name for path in (tmp_path / "cache").rglob("*.tif")] == ["b", "c"] or len(
-        list((tmp_path / "cache").rglob("*.tif"))
-    ) == 2
-    assert made.top.is_dir()
+    for name in "ab":  # in processes of their own, since what is in use is not removed
+        assert (
+            subprocess.run([sys.executable, "-c", _COPY, f"{server.place}/{name}", str(cache.folder)], timeout=60).returncode == 0
+        )
+    mirror(f"{server.place}/c", cache)
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.tif")} == {"b", "c"}
+    mirror(f"{server.place}/a", cache)
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.tif")} == {"a", "c"}
+
+
+def test_two_processes_at_once_fetch_once(server: Server, tmp_path: Path):
+    for seed in range(8):
+        scene(server.folder / "s" / f"S2A_{seed}.tif", 64, seed)
+    command = [sys.executable, "-c", _COPY, f"{server.place}/s", str(tmp_path / "cache")]
+    running = [subprocess.Popen(command) for _ in range(3)]
+    assert [one.wait(60) for one in running] == [0, 0, 0]
+    assert all(sum(n == f"s/S2A_{seed}.tif" and count > 3000 for n, count in server.sent) == 1 for seed in range(8))
+
+
+def test_a_file_that_becomes_a_folder(server: Server, cache: CacheOptions):
+    scene(server.folder / "s" / "S2A_a.tif", 64)
+    (server.folder / "s" / "note").write_text("x")
+    mirror(f"{server.place}/s", cache)
+    (server.folder / "s" / "note").unlink()
+    scene(server.folder / "s" / "note" / "S2A_b.tif", 64, 1)
+    assert same(samples(mirror(f"{server.place}/s", cache)), samples(server.folder / "s"))
+    (server.folder / "s" / "note" / "S2A_b.tif").unlink()
+    (server.folder / "s" / "note").rmdir()
+    (server.folder / "s" / "note").write_text("x")
+    assert list(samples(mirror(f"{server.place}/s", cache))) == ["S2A_a"]
 
 
 _COPY = """
@@ -525,7 +551,7 @@ def test_a_stac_item_on_disk_with_remote_assets(server: Server, cache: CacheOpti
     path = tmp_path / "mine" / "found.json"
     features = [item("one", {band: f"{server.place}/{band}.tif" for band in ("B02", "B03")})]
     path.write_text(json.dumps({"type": "FeatureCollection", "stac_version": "1.0.0", "features": features}))
-    assert list(samples(mirror(str(path), cache), Options(chip=64))) == [f"one_y{y}_x{x}" for y in ("00000", "00064") for x in ("00000", "00064")]
+    assert len(samples(mirror(str(path), cache), Options(chip=64))) == 4
     with pytest.raises(InputError, match="give a document alone that has remote assets only"):
         open_source(tmp_path / "mine", Options())
 
@@ -551,7 +577,7 @@ def test_stac_assets_twice(server: Server, cache: CacheOptions):
         ("http://169.254.169.254/latest/x.tif", "not on the internet"),
         ("http://localhost/x.tif", "not on the internet"),
         ("http://10.0.0.1/x.tif", "not on the internet"),
-        ("file:///etc/x.tif", "is refused|what can be read is"),
+        ("file:///etc/x.tif", "what can be read is"),
         ("/vsicurl/http://127.0.0.1/x.tif", "."),
         ("https://host/x.tif?sig=swath-secret", "nothing behind"),
         ("https://me:swath-secret@host/x.tif", "never from an address"),
