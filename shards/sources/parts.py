@@ -25,7 +25,7 @@ from swath.shards.cache import Cache
 from swath.shards.errors import InputError
 from swath.shards.remote import Facts, Patience, Remote
 
-BLOCK = 1 << 23  # bytes that are asked for at once: a tile or two
+BLOCK = 1 << 19  # bytes that are asked for at once: a tile or two
 MAGIC = b"swath: this file is read from its server, "
 
 
