@@ -144,7 +144,7 @@ def _recipes(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from swath.shards.reindex import reindex
 
-    manifest = reindex(args.folder)
+    manifest = reindex(args.folder, args.max_failed)
     print(f"{args.folder}: {manifest.samples} samples in {len(manifest.shards)} shards indexed")
     return 0
 
@@ -254,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("index", help="rebuild the index of a folder of shards")
     p.add_argument("folder", type=Path)
+    p.add_argument("--max-failed", type=float, default=0.0, help="share of samples that may be impossible to index (0)")
     p.set_defaults(run=_index)
 
     p = commands.add_parser("inspect", help="what a folder of shards holds: text, contact sheets, a map")

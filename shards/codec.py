@@ -78,7 +78,7 @@ def _decode_jpeg(data: bytes | memoryview) -> np.ndarray:
 def _decode_image(data: bytes | memoryview) -> np.ndarray:
     """PNG (and other Pillow formats at ingest) as (C, H, W); palettes become RGB."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:  # others run programs
             if image.width * image.height * 4 > MAX_VALUES:
                 raise DecodeError(f"declared size {image.width}×{image.height} is beyond the limit of {MAX_VALUES} values")
             array = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA", "CMYK", "1") else image)

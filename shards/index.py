@@ -36,7 +36,7 @@ MEMBER = np.dtype(
         ("scale", "<f8"), ("add", "<f8"),
     ]
 )  # fmt: skip
-FORMATS = ("absent", "jpg", "png", "npy", "json")
+FORMATS = ("absent", "jpg", "png", "npy", "json", "txt")
 VALID = ".valid"  # of a modality's validity mask: `<key>.<modality>.valid.npy`, and its column in the index
 
 
@@ -81,7 +81,8 @@ def row_check(sample: np.ndarray, members_m: np.ndarray) -> int:
 
 
 def columns_of(modalities: list[str]) -> tuple[str, ...]:
-    """The members that a sample can have: each modality, the validity mask of each, and the JSON."""
+    """The members that a sample can have: each modality, the validity mask of each, and the JSON; `txt` there is the caption
+    of a foreign sample without JSON."""
     return (*modalities, *(name + VALID for name in modalities), "json")
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -102,6 +103,8 @@ def plan_of(
         raise InputError(f"no sample of {source} is left: {'; '.join(told(left_out))}")
     jobs.sort(key=lambda job: (hash_text(opened.dataset, job.item.near or job.key), hash_text(opened.dataset, job.key), job.key))
     names = sorted({job.split for job in jobs})
+    if odd := next((name for name in names if name and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)), None):
+        raise InputError(f"{source} has a split {odd!r}, which is no name of a folder; letters, digits, '_' and '-' are")
     return Plan(opened, {name: [job for job in jobs if job.split == name] for name in names}, classes, left_out)
 
 

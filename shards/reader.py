@@ -163,8 +163,15 @@ class ShardReader:
         return self._decode(number, column, self._members(number, column).item()) if self.has(number, column) else None
 
     def meta(self, number: int) -> dict[str, Any]:
-        """The sample's JSON."""
-        return json.loads(bytes(self._bytes(number, "json", self._members(number, "json").item())))
+        """The sample's JSON; of a foreign sample without one `captions`, if it has a text, or nothing."""
+        if not self.has(number, "json"):
+            return {}
+        member = self._members(number, "json")
+        data = bytes(self._bytes(number, "json", member.item()))
+        if FORMATS[member["format"]] == "txt":
+            return {"captions": [data.decode("utf-8-sig", errors="replace").strip()]}
+        value = json.loads(data)
+        return value if isinstance(value, dict) else {}
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Shards of a remote folder that will be needed, in that order; where there are many, those named first give way."""

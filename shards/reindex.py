@@ -21,6 +21,7 @@ from swath.shards.layouts.layout import RGB
 from swath.shards.manifest import NAME, Manifest, ManifestDamaged, Shard, read_manifest
 from swath.shards.sources.planned import contract
 from swath.shards.sources.webdataset import (
+    TEXTS,
     Cut,
     at_first_dot,
     band_names,
@@ -201,6 +202,8 @@ class _Scan:
                 looks.append((name, *self._look(where, name, data, kind, mask[1] if mask else None, meta), scale, add))
         if "json" in members:
             columns["json"] = member_row(number, *members["json"], "json")
+        elif text := next((member for suffix, member in members.items() if suffix.rpartition(".")[2] in TEXTS), None):
+            columns["json"] = member_row(number, *text, "txt")
         for name, seen, pixels, codes, scale, add in looks:  # only now, so that a bad sample leaves no trace
             self.seen[name] = seen
             seen.sizes.add((pixels.shape[1], pixels.shape[2]))

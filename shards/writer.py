@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class Place:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return float(value) if known else math.nan
 
 
 def seconds(time: Any) -> int:

@@ -43,10 +43,11 @@ class Record:
 class Pile:
     """A folder with the zips and tars in it (or one zip) as a single tree: `images2.zip` stands for a folder `images2/`.
 
-    Names are paths in that tree; where an archive and its unpacked copy are there, one of them.
+    Names are paths in that tree; where an archive and its unpacked copy are there, one of them. Archives whose file name is
+    `unread`, a regular expression, are not opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unread: str = "") -> None:
         self.path = path
         top = open_store(path)
         self._mounts: list[tuple[str, Store]] = [("", top)]
@@ -55,6 +56,8 @@ class Pile:
         for name, stamp in top.walk():
             digest.update(repr((name, stamp)).encode())
             end = name[-4:].lower()
+            if re.fullmatch(unread, name.rpartition("/")[2]):
+                continue
             if path.is_dir() and end in (".zip", ".tar"):
                 self._mount(name[:-4] + "/", open_store(path / name) if end == ".zip" else _Tar(path / name))
             else:
@@ -132,6 +135,7 @@ class Captioned(Planned):
 def captioned(
     path: Path, options: Options, *, name: str, looks: str, records: Callable[[Pile], Iterable[Record]],
     sensor: str = "unknown", level: str = "unknown", gsd_m: float | None = None, notes: tuple[str, ...] = (),
+    unread: str = "",
 ) -> Captioned:  # fmt: skip
     """Joins `records` to the images below `path`. Records without an image, and images without one, are counted.
 
@@ -140,7 +144,7 @@ def captioned(
     for fixed in ("chip", "stride", "sensor", "level", "unit", "scale", "add", "nodata", "gsd_m"):
         if getattr(options, fixed) is not None:
             raise InputError(f"recipe {name} fixes --{fixed.replace('_', '-').removesuffix('-m')}; leave it out")
-    pile = Pile(path)
+    pile = Pile(path, unread)
     images = _Images(pile.names)
     said = list(notes) + ([f"{pile.links} symbolic links are left out"] if pile.links else [])
     found: dict[str, Record] = {}

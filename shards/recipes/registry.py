@@ -5,11 +5,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from swath.shards.errors import InputError
 from swath.shards.sources.source import Options, Source
+from swath.shards.sources.torchgeo import PREFIX, open_torchgeo
 
 Open = Callable[[Path, Options], Source]
 
@@ -48,7 +49,9 @@ def recipes() -> dict[str, Recipe]:
 
 
 def find(name: str) -> Recipe:
-    """InputError with the nearest name where there is none."""
+    """`torchgeo:` and the name of a class there is a recipe too. InputError with the nearest name where there is none."""
+    if name.startswith(PREFIX):
+        return Recipe(name, "read by TorchGeo", "see TorchGeo", partial(open_torchgeo, name.removeprefix(PREFIX)))
     if name not in recipes():
         near = difflib.get_close_matches(name, recipes(), n=1)
         raise InputError(f"no recipe {name!r}; {f'did you mean {near[0]}?' if near else ''} there are: {', '.join(recipes())}")

@@ -140,9 +140,7 @@ def covers(grid: Grid, windows_n4: np.ndarray, others: Sequence[Grid]) -> np.nda
 
     top, left, height, width = windows_n4.T.astype(np.float64)
     xs, ys = grid.at(left[:, None] + width[:, None] * [0, 1, 0, 1], top[:, None] + height[:, None] * [0, 0, 1, 1])
-    v, u = ((np.arange(n) + 0.5) / n for n in np.minimum(windows_n4[:, 2:].max(axis=0), _CELLS))
-    u, v = (axis.ravel() for axis in np.meshgrid(u, v))
-    weights = np.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v])
+    rows, columns = np.minimum(windows_n4[:, 2:].max(axis=0), _CELLS).tolist()
     places: dict[Any, tuple[np.ndarray, np.ndarray]] = {grid.crs: (xs, ys)}
     made = np.zeros((len(others), len(windows_n4)))
     for row, other in zip(made, others, strict=True):
@@ -157,8 +155,16 @@ def covers(grid: Grid, windows_n4: np.ndarray, others: Sequence[Grid]) -> np.nda
         row[inside] = 1
         part = np.flatnonzero(~inside & ~apart)
         for some in (part[start : start + _CHUNK] for start in range(0, len(part), _CHUNK)):
+            weights = _cells(rows, columns)
             row[some] = _inside(x[some] @ weights, y[some] @ weights, other).mean(axis=1)
     return made
+
+
+@lru_cache(maxsize=16)
+def _cells(rows: int, columns: int) -> np.ndarray:
+    """(4, rows · columns) shares of the four corners in the centre of each cell between them."""
+    u, v = (axis.ravel() for axis in np.meshgrid((np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows))
+    return np.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v])
 
 
 def aligned(one: Grid | None, two: Grid | None) -> bool:

@@ -22,6 +22,7 @@ from swath.shards.sources.rasters import EXTENSIONS, Rasters
 from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
 from swath.shards.sources.source import Options, Source
 from swath.shards.sources.stac import MAX_BYTES, Stac, read_json
+from swath.shards.sources.webdataset import open_webdataset
 
 # Formats of arrays by the extension of a file or of a folder such as `x.zarr`.
 ARRAYS: dict[str, Callable[[Path, Options], Source]] = {
@@ -73,12 +74,16 @@ def opener_of(path: Path) -> Callable[[Path, Options], Source]:
     if arrays:
         return ARRAYS[arrays.pop()]
     if path.is_file():
+        if path.suffix.lower() == ".tar":
+            return open_webdataset
         return Images if path.suffix.lower() not in EXTENSIONS else _refuse_file
     others = any(p.suffix.lower() in (*EXTENSIONS, ".hdr") and p.suffix.lower() not in TIFF for p in files)
     tiffs = [p for p in files if p.suffix.lower() in TIFF]
     if others or (tiffs and not _is_picture(tiffs[0])):
         return Rasters
     pictures = any(p.suffix.lower() in IMAGES for p in files)
+    if not pictures and any(p.suffix.lower() == ".tar" for p in files):
+        return open_webdataset
     return open_parquet if not pictures and any(p.suffix.lower() == ".parquet" for p in files) else Images
 
 

@@ -97,7 +97,7 @@ def _walk(remote: Remote, folder: str) -> list[str]:
         here = waiting.pop()
         for link in remote.links(here):
             link = re.sub(r"/(\./)+", "/", link)
-            if "?" in link or "#" in link or not link.startswith(here) or link in seen or ".." in unquote(link).split("/"):
+            if re.search(r"[?#]|^/|//", link) or not link.startswith(here) or link in seen or ".." in unquote(link).split("/"):
                 continue  # orders of columns, the folder above, other places
             seen.add(link)
             if link.endswith("/"):

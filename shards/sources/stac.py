@@ -97,7 +97,8 @@ def _shown(href: str) -> str:
 def _local(href: str, base: Path, files: frozenset[Path], folder: Path, how: str) -> Path:
     """The file below `folder` that a reference in `base` means; InputError for any other."""
     if "://" in href or href.startswith("/vsi"):
-        raise InputError(f"{base} {how} {_shown(href)}, which is not here; give a document alone that has remote assets only")
+        remedy = "download it and write its relative path, or give one document alone whose assets are all remote"
+        raise InputError(f"{base} {how} {_shown(href)}, which is not here; {remedy}")
     inner = PurePosixPath(unquote(href))
     parts = list(base.parent.relative_to(folder).parts)
     for part in inner.parts:

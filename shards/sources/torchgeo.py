@@ -25,6 +25,7 @@ from swath.shards.sources.folder import files_below
 from swath.shards.sources.planned import Planned, contract
 from swath.shards.sources.source import Item, Options, Part, Sample
 
+PREFIX = "torchgeo:"  # of a recipe's name
 _SPLITS = ("train", "val", "test")
 
 

@@ -45,7 +45,11 @@ def test_rs5m_is_trained_from_as_it_is(tmp_path: Path):
         for n in range(5):
             form = "PNG" if n == 1 else "JPEG"
             key = f"{part}_{n:07d}"
-            members |= {f"{key}.caption": b"a field", f"{key}.img_content": image(n, form), f"{key}.img_name": b"a.jpg"}
+            members |= {
+                f"{key}.caption": f" field {n}\n".encode(),
+                f"{key}.img_content": image(n, form),
+                f"{key}.img_name": b"a.jpg",
+            }
         tar(tmp_path / f"{part}-train-0000.tar", members)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     manifest = reindex(tmp_path)
@@ -54,6 +58,7 @@ def test_rs5m_is_trained_from_as_it_is(tmp_path: Path):
     reader = ShardReader(tmp_path)
     for n in range(10):
         assert abs(int(reader.pixels(n)[0].mean()) - 10 * int(reader.index.key(n)[-7:])) <= 2
+        assert reader.meta(n) == {"captions": [f"field {int(reader.index.key(n)[-7:])}"]}
     loader = Loader(reader, SampleOrder(reader.shard_sizes, seed=0), global_batch=5, micro_batch=5)
     loaded = [b.chips for b in islice(loader, 2)]
     assert sorted(i for chips in loaded for i in chips.id.tolist()) == sorted(reader.index.samples["id"].tolist())
@@ -169,3 +174,17 @@ def test_packed_tars(tmp_path: Path):
     (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(InputError, match=r"holds no \.tar files; unpack a\.tar\.gz"):
         reindex(tmp_path)
+
+
+def test_what_is_said_of_a_sample(tmp_path: Path):
+    """Its JSON, else its text, else nothing."""
+    tar(
+        tmp_path / "a.tar",
+        {
+            "a.jpg": image(1), "a.txt": b"t", "a.json": b'{"c": 1}', "b.jpg": image(1), "c.jpg": image(1),
+            "c.caption": b"\xef\xbb\xbfx\xff", "d.jpg": image(1), "d.json": b"[1]",
+        },
+    )  # fmt: skip
+    reindex(tmp_path)
+    reader = ShardReader(tmp_path)
+    assert [reader.meta(n) for n in range(4)] == [{"c": 1}, {}, {"captions": ["x\ufffd"]}, {}]

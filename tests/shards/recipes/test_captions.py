@@ -142,6 +142,7 @@ def skyscript(root: Path) -> Path:
     (root / "meta").mkdir()
     (root / "meta" / "a7_DE_18.pickle").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
     zipped(root / "meta", root / "meta2.zip")
+    (root / "meta3.zip").write_bytes(b"not even opened")
     (root / "SkyScript_train_top30pct_filtered_by_CLIP_openai.csv").write_text(
         "filepath,title,title_multi_objects\n"
         'images2/a198234555_CH_19.jpg,"a church, old","a church, old; a wall"\nimages4/gone.jpg,a,b\n'

@@ -11,6 +11,8 @@ import torch
 
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
+from swath.shards.ingest import shard
+from swath.shards.reader import ShardReader
 from swath.shards.sources.source import Options
 from swath.shards.sources.torchgeo import open_torchgeo
 from tests.shards.recipes.published import samples
@@ -168,3 +170,15 @@ def test_torchgeo_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="pip install torchgeo torchvision") as caught:
         open_torchgeo("EuroSAT", tmp_path, Options())
     assert "\n" not in str(caught.value)
+
+
+def test_from_the_recipe_name_to_shards(root: Path, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("made") / "out"
+    manifests = shard(root, out, recipe="torchgeo:EuroSAT", max_failed=0.2, implausible_ok=True, progress=False)
+    assert {name: manifest.samples for name, manifest in manifests.items()} == {"train": 2, "val": 2}
+    assert manifests["train"].skipped == (("train/00000002", "train/00000002: ValueError: broken file"),)
+    reader = ShardReader(out / "val")
+    for n in range(2):
+        number = int(reader.meta(n)["key"][-1])
+        assert reader.pixels(n)[:, 0, 0].tolist() == [number, 100 + number, 200 + number, 300 + number]
+        assert manifests["val"].classes[reader.labels[n]] == ("Forest", "River")[number]

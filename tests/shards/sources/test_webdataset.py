@@ -246,3 +246,10 @@ def test_captions_come_once():
     assert captions_of({"captions": [" a ", "b", 3], "caption": "c"}, [b"a", b"", "\u00e9".encode(), b"\xff"]) == [
         "a", "b", "c", "\u00e9", "\ufffd",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_tars_are_told_without_a_recipe(tmp_path: Path, single: bool):
+    path = rsteller(tmp_path / "in" / "part.tar")
+    (manifest,) = shard(path if single else path.parent, tmp_path / "out", progress=False).values()
+    assert (manifest.samples, list(manifest.contracts), manifest.source["kind"]) == (6, ["rgb"], "webdataset")
