@@ -3,10 +3,10 @@
 Small files and those of formats that are read as a whole are copied. Large GeoTIFFs on servers that give parts of files have
 stand-ins (sources/parts.py), and what is read of them goes through a bounded cache of blocks beside the copy. In the folder:
 
-    <hash of the address>/lock       shared by whoever reads, exclusive for whoever fetches
-    <hash of the address>/blocks/    the cache of parts
-    <hash of the address>/partial/   what is on its way; each file is renamed when it is whole
-    <hash of the address>/<name>/    the copy; times are stamps of the files' versions
+    <hash of the address>/lock             shared by whoever reads, exclusive for whoever fetches
+    <hash of the address>/blocks/          the cache of parts
+    <hash of the address>/partial/         what is on its way; each file is renamed when it is whole
+    <hash of the address>/files/<name>/    the copy; times are stamps of the files' versions
 """
 
 import fcntl
@@ -78,8 +78,6 @@ class Mirror:
             limit = self.blocks - _BLOCKS
             _check_size(self.address, waiting, limit, self.home.parent)
             _renew(self.address, self.top, _Wanted(waiting, all_of_it=False), Servers(self.patience))
-            for name in waiting:
-                forget(self.top / name)
         return self.mount()
 
     def _stand_ins(self) -> dict[str, File]:
@@ -124,7 +122,7 @@ def _mirror(address: str, found: Found, servers: Servers, options: CacheOptions)
     whole = {name: file for name, file in found.files.items() if name not in parted}
     with _errors(base):
         home.mkdir(parents=True, exist_ok=True)
-        held = {path: _bytes(path) for path in base.iterdir() if path.is_dir()}
+        held = {path: _bytes(path) for path in base.iterdir() if _is_ours(path)}
         free = shutil.disk_usage(base).free
         limit = min(_LARGEST_DEFAULT, (free + sum(held.values())) // 2) if options.limit is None else options.limit
         need = _check_size(address, whole, limit - (_BLOCKS if parted else 0), base)
@@ -234,6 +232,8 @@ def _fetch(address: str, top: Path, wanted: _Wanted, work: list[str], servers: S
             os.utime(new, ns=(stamp, stamp))
             path.parent.mkdir(parents=True, exist_ok=True)
             new.replace(path)
+            if name in wanted.files:
+                forget(path)
 
         at_once(make, [name for name in work if name in wanted.parted or name in wanted.texts], servers)
         at_once(make, copies, servers)
@@ -284,9 +284,15 @@ def _bytes(folder: Path) -> int:
     return total
 
 
+def _is_ours(path: Path) -> bool:
+    """A copy: a person may name a folder for the cache that holds other things, which are not to be touched."""
+    shaped = re.fullmatch("[0-9a-f]{16}", path.name) is not None and not path.is_symlink()
+    return shaped and (path / "lock").is_file() and (path / "files").is_dir()
+
+
 def _make_room(base: Path, home: Path, held: dict[Path, int], room: int) -> None:
     """Remove copies of other archives, those that were used longest ago first, and none in use, until the rest fits `room`."""
-    others = [path for path in held if path != home and (path / "lock").is_file()]
+    others = [path for path in held if path != home]
     total = sum(held[path] for path in others)
     for path in sorted(others, key=lambda path: (path / "lock").stat().st_mtime_ns):
         if total <= room:

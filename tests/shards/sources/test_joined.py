@@ -383,6 +383,8 @@ def test_boxes_meet_across_zones_and_the_date_line():
     ]  # fmt: skip
     assert [found.tolist() for found in neighbours(boxes(at), boxes(at))] == [[0], [1, 2], [1, 2], [3, 4], [3, 4]]
     assert [found.tolist() for found in neighbours(boxes(at[:1]), np.zeros((0, 2, 3)))] == [[]]
+    column = [grid(89.5, lat, 10, 0.1, "EPSG:4326") for lat in (0, 20, 40)]  # x is near 0 for all of them
+    assert [found.tolist() for found in neighbours(boxes(column), boxes(column))] == [[0], [1], [2]]
 
 
 def test_shares_are_of_the_chip():
@@ -390,6 +392,50 @@ def test_shares_are_of_the_chip():
     others = [grid(WEST + 80, NORTH, 64, 10, "EPSG:32633"), grid(WEST - 5e5, NORTH, 64, 10, "EPSG:32633"), own]
     windows = np.array([[0, 0, 32, 32], [0, 32, 32, 32], [32, 0, 16, 16]])
     assert covers(own, windows, others).tolist() == [[0.75, 1, 0.5], [0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(("crs", "turn"), [("EPSG:32634", 0), ("EPSG:32633", 30), ("EPSG:4326", 0)])
+def test_shares_on_turned_grids_are_those_of_the_pixels(crs: str, turn: float):
+    own = grid(WEST, NORTH, 64, 10, "EPSG:32633")
+    x, y = (axis[0] for axis in warp("EPSG:32633", crs, [WEST + 300], [NORTH - 100])[:2])
+    step = 10 / 111_320 if crs == "EPSG:4326" else 10
+    place = from_origin(x, y, step, step)
+    radians = np.radians(turn)
+    a, b = step * np.cos(radians), step * np.sin(radians)
+    other = Grid(50, 70, type(place)(a, b, place.c, b, -a, place.f), CRS.from_string(crs))
+    windows = np.array([[top, left, 24, 40] for top in (0, 20, 40) for left in (0, 24)])
+    expected = []
+    for top, left, height, width in windows.tolist():
+        columns, rows = np.meshgrid(np.arange(left, left + width) + 0.5, np.arange(top, top + height) + 0.5)
+        ground = [axis.ravel().tolist() for axis in own.at(columns, rows)]
+        x, y = (np.array(axis) for axis in warp(own.crs, other.crs, *ground)[:2])
+        back = ~other.transform
+        px, py = back.a * x + back.b * y + back.c, back.d * x + back.e * y + back.f
+        expected.append(((px >= 0) & (px <= 70) & (py >= 0) & (py <= 50)).mean())
+    assert min(expected) < 0.2 < 0.5 < max(expected) < 1
+    assert np.abs(covers(own, windows, [other])[0] - expected).max() <= 2 / (24 * 40)  # pixels whose centre is on the edge
+
+
+def test_a_partner_keeps_its_mask_scale_and_offset(tmp_path: Path):
+    """Optical partners of radar chips, with a mask beside them and an offset of their own."""
+    optical(tmp_path, side=48, west=WEST - 80, tags={"BOA_ADD_OFFSET": "-1000"})
+    radar(tmp_path, side=32)
+    mask = np.ones((48, 48), np.uint8)
+    mask[:, 12:20], mask[:, 20:24] = 2, 0
+    path = tmp_path / "s2" / "S2A_MSIL2A_20200610T101000_valid.tif"
+    place = from_origin(WEST - 80, NORTH, 10, 10)
+    with rasterio.open(
+        path, "w", driver="GTiff", count=1, height=48, width=48, dtype="uint8", crs="EPSG:32633", transform=place
+    ) as file:
+        file.write(mask[None])
+    source = Joined(open_source(tmp_path / "s1", CHIP), open_source(tmp_path / "s2", Options()), Pairs("s2"))
+    (sample,) = read(source).values()
+    part = sample.parts["sentinel2"]
+    assert (part.scale, part.add) == (1e-4, pytest.approx(-0.1))
+    assert part.scale_source.endswith("file tag: BOA_ADD_OFFSET")
+    assert part.valid is not None
+    assert (part.valid == mask[:32, 8:40]).all()
+    assert part.pixels.dtype == np.uint16
 
 
 # Series
@@ -431,8 +477,9 @@ def test_dates_of_a_place_come_in_order(tmp_path: Path):
 def test_a_series_spans_no_more_than_asked(tmp_path: Path):
     for day in (1, 3, 5, 20, 21):
         optical(tmp_path, f"202006{day:02d}T100000", side=32)
-    numbers = [item.place[1] for item in series(tmp_path, Dates(4, within_days=3)).items]
-    assert [len(some) for some in numbers] == [2, 1, 2]
+    for days, lengths in ((3, [2, 1, 2]), (4, [3, 2]), (100, [4, 1])):
+        numbers = [item.place[1] for item in series(tmp_path, Dates(4, within_days=days)).items]
+        assert [len(some) for some in numbers] == lengths
 
 
 def test_dates_on_other_grids_are_read_on_the_first(tmp_path: Path):
@@ -453,6 +500,12 @@ def test_dates_on_other_grids_are_read_on_the_first(tmp_path: Path):
             assert np.abs(part.pixels[2 * date + 1] - 2000.0 - northing)[seen].max() <= 0.5
     corner = made["S2A_MSIL2A_20200601T100000_y00000_x00000"]
     assert corner.meta["times"]["sentinel2"][1] is None
+
+
+def test_scenes_that_share_little_ground_are_of_different_places(tmp_path: Path):
+    optical(tmp_path, "20200601T100000", side=32)
+    optical(tmp_path, "20200602T100000", side=32, west=WEST + 180)
+    assert [item.place[1] for item in series(tmp_path, Dates(2)).items] == [(0,), (1,)]
 
 
 def test_dates_of_different_offset_are_different_samples(tmp_path: Path):

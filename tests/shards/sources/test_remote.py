@@ -1,5 +1,6 @@
 """Archives on S3, GCS and HTTP: the same samples as from disk, nothing read twice or beyond need, nothing outside the copy."""
 
+import errno
 import json
 import os
 import re
@@ -31,12 +32,14 @@ from rasterio.transform import from_origin  # noqa: E402
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")]
 QUICK = Patience(attempts=3, first_wait=0, timeout=5)
+HANGS = 0
 
 
 class Server(ThreadingHTTPServer):
     """A folder by HTTP, with index pages, and as much of GCS as reading takes.
 
-    `failing[path]` are statuses to answer, one per request, then the file; `sent` are (path, bytes of body).
+    `failing[path]` are statuses to answer, one per request, then the file; HANGS is no answer at all. `sent` are (path, bytes
+    of body).
     """
 
     daemon_threads = True
@@ -47,6 +50,7 @@ class Server(ThreadingHTTPServer):
         self.failing: dict[str, list[int]] = {}
         self.sent: list[tuple[str, int]] = []
         self.pages: dict[str, bytes] = {}
+        self.released = threading.Event()
         self.place = f"http://127.0.0.1:{self.server_port}"
 
     def total(self) -> int:
@@ -75,7 +79,13 @@ class _Handler(BaseHTTPRequestHandler):
             if not found[1] and (server.folder / name).is_file() and "alt=media" not in parts.query:
                 return self._answer(name, 200, json.dumps(_gcs(server.folder, server.folder / name)).encode())
         if server.failing.get(name):
-            return self._answer(name, server.failing[name].pop(0), b"")
+            status = server.failing[name].pop(0)
+            if status == HANGS:
+                server.sent.append((name, 0))
+                server.released.wait(60)
+                self.close_connection = True
+                return None
+            return self._answer(name, status, b"")
         path = server.folder / name
         if name in server.pages or path.is_dir():
             rows = [quote(p.name) + "/" * p.is_dir() for p in path.iterdir()] if path.is_dir() else []
@@ -127,6 +137,7 @@ def server(folder: Path) -> Iterator[Server]:
     with Server(folder) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
+        server.released.set()
         server.shutdown()
 
 
@@ -412,6 +423,41 @@ def test_a_server_that_fails_while_chips_are_read_ends_the_run(server: Server, c
     assert same(samples(made), samples(server.folder / "scenes"))
 
 
+def test_a_server_that_hangs(server: Server, cache: CacheOptions):
+    """A chip's part is asked for again, and not for ever."""
+    scenes(server.folder)
+    made = located(f"{server.place}/scenes", cache, Patience(attempts=3, first_wait=0, timeout=0.3))
+    source = open_source(made, Options(chip=256))
+    first = next(item for item in source.items if item.key.startswith("S2A a"))
+    server.failing["scenes/S2A a.tif"] = [HANGS, HANGS]
+    source.read(first)
+    server.failing["scenes/S2A_b.tif"] = [HANGS] * 9
+    with pytest.raises(InputError, match=r"S2A_b\.tif cannot be read"):
+        for item in source.items:
+            source.read(item)
+    assert len(server.failing["scenes/S2A_b.tif"]) == 6
+
+
+def test_a_full_disk(server: Server, cache: CacheOptions, monkeypatch: pytest.MonkeyPatch):
+    scenes(server.folder)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="no space left while copying a remote archive"):
+            mirror(f"{server.place}/scenes", cache)
+    made = mirror(f"{server.place}/scenes", cache)
+    source = open_source(made, Options(chip=256))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="no space left while caching"):
+            for item in source.items:
+                source.read(item)
+    assert same(samples(made), samples(server.folder / "scenes"))
+
+
 def test_a_file_that_changes_meanwhile(server: Server, cache: CacheOptions):
     scenes(server.folder)
     source = open_source(mirror(f"{server.place}/scenes", cache), Options(chip=256))
@@ -483,10 +529,13 @@ def test_other_copies_make_room(server: Server, tmp_path: Path):
         assert (
             subprocess.run([sys.executable, "-c", _COPY, f"{server.place}/{name}", str(cache.folder)], timeout=60).returncode == 0
         )
+    for other in ("0123456789abcdef", "mine"):  # of a person, though it looks alike
+        scene(tmp_path / "cache" / other / "x" / "S2A_x.tif", 200)
+        (tmp_path / "cache" / other / "lock").touch()
     mirror(f"{server.place}/c", cache)
-    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.tif")} == {"b", "c"}
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.tif")} == {"b", "c", "x"}
     mirror(f"{server.place}/a", cache)
-    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.tif")} == {"a", "c"}
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.tif")} == {"a", "c", "x"}
 
 
 def test_two_processes_at_once_fetch_once(server: Server, tmp_path: Path):
