@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import simplejpeg
 import torch
+from isal.isal_zlib import crc32  # zlib's, many times as fast
 from torch import Tensor
 
 from swath.shards.bands import InputContract
@@ -23,11 +24,6 @@ from swath.shards.remote import is_remote
 from swath.shards.skips import Skips
 from swath.shards.store import open_store
 from swath.shards.writer import seconds
-
-try:  # the same sum, many times as fast where the processor has instructions for it
-    from isal.isal_zlib import crc32
-except ImportError:
-    from zlib import crc32
 
 _Member = tuple[int, int, int, int, int, float, float]  # the fields of MEMBER, in its order
 VALID_NODATA, VALID_CLEAR, VALID_CLOUD, VALID_SHADOW = 0, 1, 2, 3
