@@ -4,12 +4,16 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import swath
 from swath.shards.bands import Unit
 from swath.shards.errors import InputError
+
+if TYPE_CHECKING:
+    from swath.shards.sources.match import Dates, Pairs
 
 STOPPED = 85
 
@@ -56,6 +60,8 @@ def _shard(args: argparse.Namespace) -> int:
         if args.recipe is not None or options != Options():
             raise InputError(f"{args.source} says what the archive is; write options such as --bands and --sensor into it")
         args.source, args.recipe, options = confirmed(args.source, yes=args.yes)
+    if (join := _join(args)) is not None:
+        options = replace(options, join=join)
     selection = Selection(
         aoi=args.aoi, dates=args.dates, max_cloud=args.max_cloud, thin_km=args.thin, sample=args.sample, stratify=args.stratify,
         drop_duplicates=args.drop_duplicates,
@@ -75,6 +81,24 @@ def _shard(args: argparse.Namespace) -> int:
         skipped = f", {len(manifest.skipped)} not decodable (listed in manifest.json)" if manifest.skipped else ""
         print(f"{args.out / name}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")
     return 0
+
+
+def _join(args: argparse.Namespace) -> "Pairs | Dates | None":
+    """What belongs to one sample, where something is asked for."""
+    from swath.shards.sources.match import Dates, Pairs
+
+    common = {"within_days": args.within_days, "min_cover": args.min_cover}
+    if args.partner is not None and args.dates_per_sample is not None:
+        raise InputError("--with and --dates-per-sample cannot be given together")
+    if args.partner is not None:
+        return Pairs.of(args.partner, args.join or "footprint", paired_only=args.paired_only, **common)
+    if args.join is not None or args.paired_only:
+        raise InputError("--join and --paired-only say more of --with FOLDER, which is not given")
+    if args.dates_per_sample is not None:
+        return Dates(args.dates_per_sample, args.min_dates, **common)
+    if args.within_days is not None:
+        raise InputError("--within-days says more of --with FOLDER or --dates-per-sample N; neither is given")
+    return None
 
 
 def _fractions(text: str) -> dict[str, float]:
@@ -221,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--nodata", type=float, help="the DN that stands for nodata")
     p.add_argument("--gsd", type=float, help="metres per pixel to resample scenes to")
     p.add_argument("--resampling", default="nearest", help="how: nearest, bilinear, cubic, average (nearest)")
+    p.add_argument("--with", dest="partner", metavar="FOLDER", help="of another sensor: each sample gets a partner out of it")
+    p.add_argument("--join", help="how a partner is found: footprint, key, or table=FILE with columns key,other (footprint)")
+    p.add_argument("--paired-only", action="store_true", help="leave out samples that have no partner")
+    p.add_argument("--dates-per-sample", type=int, metavar="N", help="series: N acquisitions of one place in each sample")
+    p.add_argument("--min-dates", type=int, default=1, help="that a series must have; the others are masked (1)")
+    p.add_argument("--within-days", type=float, help="how far a partner may be in time, or the dates of a series")
+    p.add_argument("--min-cover", type=float, default=0.5, help="share of a chip that a partner or a date must cover (0.5)")
     p.add_argument("--max-failed", type=float, default=0.01, help="share of files that may be undecodable (0.01)")
     p.add_argument("--max-nodata", type=float, default=0.5, help="share of nodata above which a chip is left out (0.5)")
     p.set_defaults(run=_shard)

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from swath.shards.sources.cells import open_parquet
 from swath.shards.sources.folder import TIFF, files_below
 from swath.shards.sources.images import EXTENSIONS as IMAGES
 from swath.shards.sources.images import Images
+from swath.shards.sources.joined import Joined, Series
 from swath.shards.sources.landsat import MTL, Landsat
-from swath.shards.sources.mirror import Mirror
+from swath.shards.sources.match import Dates
+from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.parts import data_of
 from swath.shards.sources.rasters import EXTENSIONS, Rasters
 from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
@@ -43,7 +46,15 @@ def open_source(path: Path | Mirror, options: Options, recipe: str | None = None
 
     Products with their own metadata come first (Sentinel-2 `.SAFE`, Landsat, STAC), then formats of arrays, then rasters
     (GeoTIFF, VRT, ENVI, JPEG 2000, netCDF); what is left, with plain RGB TIFFs, is images. Raises InputError.
+    With `options.join` the samples of that source are put together.
     """
+    if (join := options.join) is not None:
+        source = open_source(path, replace(options, join=None), recipe)
+        if isinstance(join, Dates):
+            return Series(source, join, options.resampling)
+        # what else is said of the files is said of the primary's
+        partner = open_source(located(join.other), Options(chip=options.chip, stride=options.stride))
+        return Joined(source, partner, join, options.resampling)
     if isinstance(path, Mirror):
         there = path.mount()
         path = there if recipe is None and opener_of(there) in _IN_PARTS else path.whole()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from swath.shards.bands import InputContract, Unit
+from swath.shards.sources.match import Dates, Pairs
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Options:
     """What a person says about an archive that its files do not; every source takes what concerns it.
 
     `chip` and `stride` in pixels cut scenes; `gsd_m` asks for another pixel size, by `resampling` (of rasterio's names).
+    `join` puts samples together: with a partner out of another source, or from several dates.
     `scale`, `add`, `nodata` and `unit` are of the stored values, and win over what files say.
     """
 
@@ -27,6 +29,7 @@ class Options:
     nodata: float | None = None
     gsd_m: float | None = None
     resampling: str = "nearest"
+    join: Pairs | Dates | None = None
 
 
 @dataclass(frozen=True)
