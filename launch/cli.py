@@ -43,13 +43,13 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _shard(args: argparse.Namespace) -> int:
-    from swath.shards.cache import CacheOptions
-    from swath.shards.estimate import estimate
     from swath.shards.first_contact import RECIPE_FILES, confirmed
     from swath.shards.ingest import Blocks, shard
-    from swath.shards.selection import Selection
+    from swath.shards.ingestion.estimate import estimate
+    from swath.shards.ingestion.selection import Selection
     from swath.shards.sources.mirror import located
     from swath.shards.sources.source import Options
+    from swath.shards.stores.cache import CacheOptions
 
     bands = tuple(args.bands.split(",")) if args.bands else None
     options = Options(
@@ -182,7 +182,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _place(text: str) -> Path | str:
     """A path, or an address as it is."""
-    from swath.shards.remote import is_remote
+    from swath.shards.stores.remote import is_remote
 
     return text if is_remote(text) else Path(text)
 

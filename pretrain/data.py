@@ -7,14 +7,14 @@ import torch
 
 from swath.pretrain import config
 from swath.shards.bands import InputContract
-from swath.shards.cache import CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.loader import Loader, MicroBatch
 from swath.shards.mixture import Mixture
 from swath.shards.order import SampleOrder
 from swath.shards.reader import VALID_CLEAR, VALID_CLOUD, VALID_SHADOW, Chips, ShardReader
-from swath.shards.remote import is_remote
 from swath.shards.skips import Skips
+from swath.shards.stores.cache import CacheOptions
+from swath.shards.stores.remote import is_remote
 
 
 class Data:

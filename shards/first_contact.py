@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from swath.shards.archive_recipe import ArchiveRecipe, Entry, brief, read_archive_recipe, write_text
 from swath.shards.codec import DecodeError
+from swath.shards.contact.archive_recipe import ArchiveRecipe, Entry, brief, read_archive_recipe, write_text
+from swath.shards.contact.evidence import found, main, who_says
+from swath.shards.contact.first_look import SECONDS, Look, counted, look, spread, understand
 from swath.shards.errors import InputError
-from swath.shards.evidence import found, main, who_says
 from swath.shards.files import disk_errors, write_bytes
-from swath.shards.first_look import SECONDS, Look, counted, look, spread, understand
-from swath.shards.plausibility import check
+from swath.shards.ingestion.plausibility import check
+from swath.shards.ingestion.work import Seen
 from swath.shards.sensors import SENSORS
 from swath.shards.sources.cut import CHIP, WHOLE
 from swath.shards.sources.scene import Stack
 from swath.shards.sources.source import Options
-from swath.shards.work import Seen
 
 RECIPE_FILES = (".yaml", ".yml")
 _CHIPS = 24  # that are decoded

@@ -20,26 +20,26 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from swath.shards import packer
 from swath.shards.bands import InputContract, Normalisation
-from swath.shards.blocks import assign_blocks
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder
 from swath.shards.identity import hash_text
 from swath.shards.index import Index, columns_of
-from swath.shards.journal import FOLDER, Unfinished, building
+from swath.shards.ingestion import packer
+from swath.shards.ingestion.blocks import assign_blocks
+from swath.shards.ingestion.journal import FOLDER, Unfinished, building
+from swath.shards.ingestion.packer import Limits, Packed, Packer, chunk_length
+from swath.shards.ingestion.plausibility import Finding, check
+from swath.shards.ingestion.quality import Duplicates, LeftOut
+from swath.shards.ingestion.selection import Selection, drawn, select
+from swath.shards.ingestion.work import Job, Rules, Seen
+from swath.shards.ingestion.workers import Opening, Workers
 from swath.shards.manifest import NAME, BandStatistics, Manifest, read_manifest
-from swath.shards.packer import Limits, Packed, Packer, chunk_length
-from swath.shards.plausibility import Finding, check
-from swath.shards.quality import Duplicates, LeftOut
-from swath.shards.selection import Selection, drawn, select
 from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Source
 from swath.shards.sources.split import assign
 from swath.shards.statistics import Statistics
-from swath.shards.work import Job, Rules, Seen
-from swath.shards.workers import Opening, Workers
 from swath.shards.writer import Rows, flat_keys
 
 _VERSION = 4  # of what is written for one plan; a change makes unfinished ingests start over

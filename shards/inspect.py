@@ -11,13 +11,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from swath.shards.describe import describe
 from swath.shards.files import disk_errors, write_bytes
+from swath.shards.inspection.describe import describe
+from swath.shards.inspection.map import draw_map
+from swath.shards.inspection.sheet import capacity, contact_sheet
+from swath.shards.inspection.survey import Survey, survey
 from swath.shards.manifest import NAME
-from swath.shards.map import draw_map
 from swath.shards.reader import ShardReader
-from swath.shards.sheet import capacity, contact_sheet
-from swath.shards.survey import Survey, survey
 
 _FIRST = ("train", "val", "test")  # the order in which splits are told
 _DAMAGED = 5  # lines on samples that cannot be read

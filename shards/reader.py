@@ -13,16 +13,16 @@ from isal.isal_zlib import crc32  # zlib's, many times as fast
 from torch import Tensor
 
 from swath.shards.bands import InputContract
-from swath.shards.cache import CacheOptions
 from swath.shards.codec import DecodeError, decode
 from swath.shards.errors import InputError
 from swath.shards.index import FORMATS, KEYS, NO_TIME, VALID, columns_of, open_index
 from swath.shards.index import NAME as INDEX
 from swath.shards.manifest import NAME as MANIFEST
 from swath.shards.manifest import Manifest, Shard, parse_manifest, read_manifest
-from swath.shards.remote import is_remote
 from swath.shards.skips import Skips
-from swath.shards.store import open_store
+from swath.shards.stores.cache import CacheOptions
+from swath.shards.stores.remote import is_remote
+from swath.shards.stores.store import open_store
 from swath.shards.writer import seconds
 
 _Member = tuple[int, int, int, int, int, float, float]  # the fields of MEMBER, in its order

@@ -56,9 +56,9 @@ class Scenes:
         for scene in whole:
             for stack in scene.stacks:
                 stacks.setdefault(stack.modality, []).append(stack)
-        self._grids = [self._target(scene) for scene in scenes]
+        self.grids = [self._target(scene) for scene in scenes]
         self.contracts = {name: self._contract(members, whole) for name, members in stacks.items()}
-        small = all(max(grid.height, grid.width) <= WHOLE for grid in self._grids if grid is not None)
+        small = all(max(grid.height, grid.width) <= WHOLE for grid in self.grids if grid is not None)
         side = options.chip or (WHOLE if small else CHIP)
         self.items = [item for number in range(len(scenes)) for item in self._chips(number, side, options.stride or side)]
         self.codes = _codes(whole)
@@ -68,11 +68,11 @@ class Scenes:
 
     def read(self, item: Item) -> Sample:
         number, *window = item.place
-        scene, grid = self.scenes[number], self._grids[number]
+        scene, grid = self.scenes[number], self.grids[number]
         if scene.broken is not None or grid is None:
             raise DecodeError(scene.broken or "has no grid")
         parts = {stack.modality: self._part(stack, grid, window) for stack in scene.stacks}
-        meta = self._place(item, scene, grid, window)
+        meta = self.place_of(item, scene, grid, window)
         label = None
         if scene.cover is not None:
             main = parts[scene.stacks[0].modality].valid
@@ -89,7 +89,7 @@ class Scenes:
             seen &= (pixels != nodata).all(axis=0)
         codes: np.ndarray = np.asarray(seen, np.uint8)
         if stack.mask is not None:
-            codes = codes * _decoded(self._window(stack.mask.path, None, grid, window)[0], stack.mask)
+            codes = codes * decoded(self._window(stack.mask.path, None, grid, window)[0], stack.mask)
         scale = 1.0 if stack.scale is None else stack.scale
         return Part(pixels, valid=None if (codes == _CLEAR).all() else codes, scale=scale, add=stack.add, scale_source=stack.said)
 
@@ -121,7 +121,7 @@ class Scenes:
         return (self.codes.get(int(counts.argmax())) if share >= 0.5 else None), round(share, 4)
 
     @staticmethod
-    def _place(item: Item, scene: Scene, grid: Grid, window: list[int]) -> dict[str, Any]:
+    def place_of(item: Item, scene: Scene, grid: Grid, window: list[int]) -> dict[str, Any]:
         meta: dict[str, Any] = {**scene.meta, "source": scene.stacks[0].shown[0], "window": window}
         if grid.crs is not None:
             meta |= {"crs": grid.crs.to_string(), "bounds": list(grid.window(*window).bounds), "gsd_m": grid.gsd_m}
@@ -145,7 +145,7 @@ class Scenes:
         return made
 
     def _contract(self, stacks: list[Stack], scenes: list[Scene]) -> InputContract:
-        first, gsd = stacks[0], {grid.gsd_m for grid in self._grids if grid is not None}
+        first, gsd = stacks[0], {grid.gsd_m for grid in self.grids if grid is not None}
         none = tuple(0.0 for _ in first.bands)
         other = len({g for scene in scenes[:1] for stack in scene.stacks for g in stack.gsd_m} | set(first.gsd_m)) > 1
         if self._options.gsd_m is not None:
@@ -163,7 +163,7 @@ class Scenes:
 
     def _chips(self, number: int, side: int, stride: int) -> Iterator[Item]:
         """Windows that lie wholly inside; scenes smaller than a chip are one, as they are. What remains at edges is left."""
-        scene, grid = self.scenes[number], self._grids[number]
+        scene, grid = self.scenes[number], self.grids[number]
         if grid is None:
             yield Item(scene.name, scene.lookup, None, (number, 0, 0, 0, 0))
             return
@@ -241,7 +241,7 @@ def _open(path: str, here: tuple[str, int, int], grid: Grid | None, resampling: 
     )  # fmt: skip
 
 
-def _decoded(read: np.ndarray, mask: Mask) -> np.ndarray:
+def decoded(read: np.ndarray, mask: Mask) -> np.ndarray:
     """(H, W) uint8 of our codes."""
     if mask.kind == "valid":
         return read

@@ -16,7 +16,7 @@ import numpy as np
 from swath.shards.bands import InputContract
 from swath.shards.codec import MAX_VALUES, DecodeError
 from swath.shards.errors import InputError
-from swath.shards.sources.cut import Scenes, _decoded
+from swath.shards.sources.cut import Scenes, decoded
 from swath.shards.sources.match import (
     Dates,
     Names,
@@ -39,7 +39,7 @@ _ALIKE = 0.5  # share of each other's ground from which on two scenes show one p
 
 def on_ground(source: Source) -> TypeGuard[Scenes]:
     """Whether all of `source` are scenes that know where they lie."""
-    return isinstance(source, Scenes) and all(grid.crs is not None for grid in source._grids if grid is not None)
+    return isinstance(source, Scenes) and all(grid.crs is not None for grid in source.grids if grid is not None)
 
 
 class Joined:
@@ -130,7 +130,7 @@ class Series:
         self.fingerprint = _mark(source.fingerprint, dates, resampling)
         lost: Counter[str] = Counter()
         places = _places(source, lost)
-        foreign = any(not aligned(source._grids[place[0]], source._grids[n]) for place in places for n in place)
+        foreign = any(not aligned(source.grids[place[0]], source.grids[n]) for place in places for n in place)
         onto = f"{resampling} onto the first date" if foreign else None
         self.contracts = {
             name: contract.model_copy(update={"dates": dates.count, "resampling": _told(contract, onto)})
@@ -150,12 +150,14 @@ class Series:
     def read(self, item: Item) -> Sample:
         place, numbers = item.place
         number, *window = place
-        grid = self.source._grids[number]
+        grid = self.source.grids[number]
         scenes = [self.source.scenes[n] for n in numbers]
         if grid is None:
             raise DecodeError(scenes[0].broken or "has no grid")
         samples = [self._date(item, grid, n, window) for n in numbers]
-        metas = [self.source._place(replace(item, time=scene.time), replace(scene, cloud=None), grid, window) for scene in scenes]
+        metas = [
+            self.source.place_of(replace(item, time=scene.time), replace(scene, cloud=None), grid, window) for scene in scenes
+        ]
         meta: dict[str, Any] = {
             name: value for name, value in metas[0].items() if all(other.get(name) == value for other in metas[1:])
         }
@@ -177,7 +179,7 @@ class Series:
     def _date(self, item: Item, grid: Grid, number: int, window: list[int]) -> Sample:
         """One scene in a window of the place's grid."""
         scene = self.source.scenes[number]
-        if aligned(grid, self.source._grids[number]):
+        if aligned(grid, self.source.grids[number]):
             return self.source.read(replace(item, place=(number, *window)))
         return Sample({s.modality: _part(self.source, s, grid, window, self.resampling) for s in scene.stacks})
 
@@ -214,7 +216,7 @@ def _scene_partners(
     whole = [n for n, scene in enumerate(other.scenes) if scene.broken is None]
     found.words["scenes of the partners cannot be read"] = len(other.scenes) - len(whole)
     if pairs.by == "footprint":
-        own = [n for n, grid in enumerate(primary._grids) if grid is not None]
+        own = [n for n, grid in enumerate(primary.grids) if grid is not None]
         met = neighbours(boxes([_grid(primary, n) for n in own]), boxes([other.scenes[n].stacks[0].grid for n in whole]))
         candidates = {n: [whole[k] for k in some] for n, some in zip(own, met, strict=True)}
     else:
@@ -332,7 +334,7 @@ def _series(source: Scenes, places: list[list[int]], dates: Dates, lost: Counter
     of_scene = {number: list(group) for number, group in groupby(source.items, key=lambda item: item.place[0])}
     made = []
     for place in places:
-        first, grid = place[0], source._grids[place[0]]
+        first, grid = place[0], source.grids[place[0]]
         items = of_scene[first]
         if grid is None:
             made += [replace(item, place=(item.place, (first,))) for item in items]
@@ -401,7 +403,7 @@ def _stacked(parts: list[Part | None], contract: InputContract) -> Part:
 
 
 def _grid(source: Scenes, number: int) -> Grid:
-    grid = source._grids[number]
+    grid = source.grids[number]
     assert grid is not None
     return grid
 
@@ -440,6 +442,6 @@ def _part(source: Scenes, stack: Stack, grid: Grid, window: Sequence[int], resam
     codes = seen.astype(np.uint8)
     if stack.mask is not None:
         mask, inside = read_onto(stack.mask.path, source.fingerprint, grid, window, "nearest", None)
-        codes *= _decoded(mask[0], stack.mask) * inside
+        codes *= decoded(mask[0], stack.mask) * inside
     scale = 1.0 if stack.scale is None else stack.scale
     return Part(pixels, valid=None if (codes == 1).all() else codes, scale=scale, add=stack.add, scale_source=stack.said)

@@ -25,13 +25,13 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
-from swath.shards.cache import Cache, CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors
-from swath.shards.remote import Patience, is_remote
 from swath.shards.sources.folder import TIFF
 from swath.shards.sources.parts import BLOCK, MAGIC, File, Servers, forget, stand_in
 from swath.shards.sources.remote import Found, at_once, find_files, remote_items
+from swath.shards.stores.cache import Cache, CacheOptions
+from swath.shards.stores.remote import Patience, is_remote
 
 _LARGEST_DEFAULT = 64 << 30
 _SMALL = 2 * BLOCK  # bytes up to which a GeoTIFF is copied at once

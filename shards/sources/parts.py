@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakSet
 
-from swath.shards.cache import Cache
 from swath.shards.errors import InputError
-from swath.shards.remote import Facts, Patience, Remote
+from swath.shards.stores.cache import Cache
+from swath.shards.stores.remote import Facts, Patience, Remote
 
 BLOCK = 1 << 19  # bytes that are asked for at once: a tile or two
 MAGIC = b"swath: this file is read from its server, "

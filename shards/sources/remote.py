@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from swath.shards.errors import InputError
-from swath.shards.remote import Remote, is_remote
 from swath.shards.sources.parts import File, Servers
 from swath.shards.sources.stac import MAX_BYTES, NOT_DATA, RASTERS, parse_json
+from swath.shards.stores.remote import Remote, is_remote
 
 _T = TypeVar("_T")
 _S = TypeVar("_S")

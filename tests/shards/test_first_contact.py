@@ -9,8 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from swath.shards import first_look
-from swath.shards.archive_recipe import ArchiveRecipe, read_archive_recipe
+from swath.shards.contact import first_look
+from swath.shards.contact.archive_recipe import ArchiveRecipe, read_archive_recipe
 from swath.shards.errors import InputError
 from swath.shards.first_contact import confirmed, first_contact
 from swath.shards.ingest import shard

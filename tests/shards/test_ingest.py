@@ -13,9 +13,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from swath.shards import packer
 from swath.shards.errors import InputError
 from swath.shards.ingest import _bar, shard
+from swath.shards.ingestion import packer
 from swath.shards.reader import ShardReader
 from swath.shards.reindex import reindex
 from swath.shards.sources import images as image_source

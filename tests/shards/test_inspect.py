@@ -17,22 +17,22 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 
 from swath.launch.cli import main
-from swath.shards import map as module
-from swath.shards import survey as survey_module
 from swath.shards.bands import Band, InputContract
 from swath.shards.codec import encode_npy
 from swath.shards.draw import hash_text
 from swath.shards.errors import InputError
 from swath.shards.index import FORMATS, Index, columns_of
 from swath.shards.inspect import inspect
+from swath.shards.inspection import map as module
+from swath.shards.inspection import survey as survey_module
+from swath.shards.inspection.map import draw_map
+from swath.shards.inspection.outline import outlines
+from swath.shards.inspection.sheet import CAPTION, CELL, GAP, HEAD, contact_sheet
+from swath.shards.inspection.survey import survey
+from swath.shards.inspection.view import Picture, limits, painted, picture, view_of
 from swath.shards.manifest import BandStatistics, Manifest, read_manifest
-from swath.shards.map import draw_map
-from swath.shards.outline import outlines
 from swath.shards.reader import ShardReader
 from swath.shards.reindex import reindex
-from swath.shards.sheet import CAPTION, CELL, GAP, HEAD, contact_sheet
-from swath.shards.survey import survey
-from swath.shards.view import Picture, limits, painted, picture, view_of
 from swath.shards.writer import Member, Place, ShardWriter
 from tests.shard_folders import contract, make_shards
 

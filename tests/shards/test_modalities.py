@@ -118,9 +118,7 @@ def damage(folder: Path, *numbers: int) -> None:
 def test_damaged_samples_are_gone_past_by_choice(tmp_path: Path):
     folder = make_sensor_shards(tmp_path / "set", S2)
     damage(folder, 4, 11)
-    with pytest.raises(
-        InputError, match=r"sample s0004 in shard .*/shard-000000.tar is damaged: its bytes .* copy the"
-    ):
+    with pytest.raises(InputError, match=r"sample s0004 in shard .*/shard-000000.tar is damaged: its bytes .* copy the"):
         ShardReader(folder).chips([3, 4, 5])
     skips = Skips(2)
     reader = ShardReader(folder, skips=skips)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swath.shards import packer
 from swath.shards.errors import InputError
 from swath.shards.ingest import shard
+from swath.shards.ingestion import packer
 from swath.shards.reader import ShardReader
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options

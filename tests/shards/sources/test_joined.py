@@ -13,13 +13,13 @@ import pytest
 from swath.shards.bands import Band
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
+from swath.shards.ingestion.work import Job, Rules, make
 from swath.shards.sources.joined import Joined, Series
 from swath.shards.sources.match import Dates, Pairs, boxes, covers, days_apart, neighbours
 from swath.shards.sources.open import open_source
 from swath.shards.sources.planned import Planned, contract
 from swath.shards.sources.scene import Grid
 from swath.shards.sources.source import Item, Options, Part, Sample
-from swath.shards.work import Job, Rules, make
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.crs import CRS  # noqa: E402

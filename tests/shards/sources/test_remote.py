@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from swath.launch.cli import main
-from swath.shards.cache import CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.ingest import shard
 from swath.shards.manifest import Manifest
-from swath.shards.remote import Patience
 from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Sample
+from swath.shards.stores.cache import CacheOptions
+from swath.shards.stores.remote import Patience
 
 pytest.importorskip("aiohttp")
 rasterio = pytest.importorskip("rasterio")
@@ -377,7 +377,7 @@ def test_a_killed_start_goes_on(server: Server, tmp_path: Path):
     code = """
 import os, sys, threading
 from pathlib import Path
-from swath.shards.cache import CacheOptions
+from swath.shards.stores.cache import CacheOptions
 from swath.shards.sources import mirror
 done, lock, replace = [], threading.Lock(), Path.replace
 def dying(path, target):
@@ -563,7 +563,7 @@ def test_a_file_that_becomes_a_folder(server: Server, cache: CacheOptions):
 _COPY = """
 import sys
 from pathlib import Path
-from swath.shards.cache import CacheOptions
+from swath.shards.stores.cache import CacheOptions
 from swath.shards.sources.mirror import located
 located(sys.argv[1], CacheOptions(Path(sys.argv[2]), 400_000))
 """
@@ -664,7 +664,7 @@ def test_what_is_open_at_the_end_does_no_harm(server: Server, cache: CacheOption
     code = """
 import sys
 from pathlib import Path
-from swath.shards.cache import CacheOptions
+from swath.shards.stores.cache import CacheOptions
 from swath.shards.sources.mirror import located
 from swath.shards.sources.open import open_source
 from swath.shards.sources.scene import open_raster

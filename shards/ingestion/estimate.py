@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 from swath.shards.ingest import Blocks, check_numbers, plan_of, told
-from swath.shards.packer import MAX_SAMPLES
-from swath.shards.quality import LeftOut
-from swath.shards.selection import Selection
+from swath.shards.ingestion.packer import MAX_SAMPLES
+from swath.shards.ingestion.quality import LeftOut
+from swath.shards.ingestion.selection import Selection
+from swath.shards.ingestion.work import Rules, make
 from swath.shards.sources.mirror import Mirror
 from swath.shards.sources.source import Options
-from swath.shards.work import Rules, make
 
 _CHIPS, _SECONDS = 32, 5.0  # that are tried, at most
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from swath.shards.bands import Band, InputContract, Normalisation, Unit
-from swath.shards.plausibility import Finding, Levels, check
+from swath.shards.ingestion.plausibility import Finding, Levels, check
 from swath.shards.sensors import LANDSAT8, SENTINEL1, SENTINEL2
 from swath.shards.statistics import Statistics
 

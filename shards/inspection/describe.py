@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from swath.shards.bands import InputContract
+from swath.shards.inspection.sheet import day, sample_json
+from swath.shards.inspection.survey import Stored, Survey
 from swath.shards.manifest import NAME, BandStatistics, Manifest
 from swath.shards.reader import ShardReader
-from swath.shards.sheet import day, sample_json
-from swath.shards.survey import Stored, Survey
 
 _LISTED, _SHARDS, _CLASSES, _BANDS = 10, 12, 60, 40  # lines of what was left out, of shards, of classes, of bands
 _JSON = 10_000  # samples whose JSON is looked at for labels

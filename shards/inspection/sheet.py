@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.index import NO_TIME
+from swath.shards.inspection.view import Picture, limits, painted, picture, view_of
 from swath.shards.reader import VALID_CLOUD, VALID_NODATA, VALID_SHADOW, ShardReader
-from swath.shards.view import Picture, limits, painted, picture, view_of
 
 COLUMNS, ROWS, CELL, GAP = 8, 8, 128, 10  # pictures in a row and a column; pixels of their side, and between samples
 HEAD, CAPTION, BETWEEN = 44, 30, 2  # pixels of the title, of a caption, and between the dates of a sample

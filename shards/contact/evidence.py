@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from swath.shards.bands import InputContract
-from swath.shards.first_look import Look
+from swath.shards.contact.first_look import Look
 from swath.shards.sensors import SENSORS, level_of, sensor_of
 from swath.shards.sources.scene import UNSCALED, Stack, open_raster, raster_errors
 

@@ -9,9 +9,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from swath.shards.outline import outlines
+from swath.shards.inspection.outline import outlines
+from swath.shards.inspection.survey import Survey, positions
 from swath.shards.reader import ShardReader
-from swath.shards.survey import Survey, positions
 
 MOST = 1_000_000  # samples that are drawn; of more, every so many
 _POINTS = 5_000  # that can be told apart; more are counted by cell

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from swath.shards.blocks import RADIUS_KM, assign_blocks, cells, thin
 from swath.shards.errors import InputError
 from swath.shards.identity import hash_text
+from swath.shards.ingestion.blocks import RADIUS_KM, assign_blocks, cells, thin
 from swath.shards.sources.source import Item
 
 THREE = {"train": 0.7, "val": 0.1, "test": 0.2}

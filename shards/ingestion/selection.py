@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from swath.shards.blocks import cells, thin
 from swath.shards.errors import InputError
 from swath.shards.identity import hash_text
-from swath.shards.quality import LeftOut
-from swath.shards.work import Job
+from swath.shards.ingestion.blocks import cells, thin
+from swath.shards.ingestion.quality import LeftOut
+from swath.shards.ingestion.work import Job
 from swath.shards.writer import NO_TIME, seconds
 
 Stratum = Literal["class", "place", "time"]

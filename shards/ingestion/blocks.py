@@ -14,7 +14,7 @@ import numpy as np
 
 from swath.shards.errors import InputError
 from swath.shards.identity import hash_text
-from swath.shards.quality import LeftOut
+from swath.shards.ingestion.quality import LeftOut
 from swath.shards.sources.source import Item
 from swath.shards.sources.split import Row
 

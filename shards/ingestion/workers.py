@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Self, cast
 
 from swath.shards.errors import InputError
-from swath.shards.journal import Unfinished
+from swath.shards.ingestion.journal import Unfinished
+from swath.shards.ingestion.work import Chunk, Job, Rules, make
 from swath.shards.sources.mirror import Mirror
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Source
-from swath.shards.work import Chunk, Job, Rules, make
 
 _AT_ONCE = 2  # chunks that a worker has: one that it does, one that waits
 _AHEAD = 3  # chunks per worker that may be under way or done before their turn: what bounds the memory

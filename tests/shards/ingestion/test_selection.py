@@ -11,16 +11,17 @@ import pytest
 from matplotlib.path import Path as Outline
 
 from swath.launch.cli import main
-from swath.shards import ingest, packer
+from swath.shards import ingest
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.errors import InputError
 from swath.shards.ingest import Blocks, shard
+from swath.shards.ingestion import packer
+from swath.shards.ingestion.quality import LeftOut
+from swath.shards.ingestion.selection import Selection, drawn, period, region, select
+from swath.shards.ingestion.work import Job
 from swath.shards.manifest import Manifest, read_manifest
-from swath.shards.quality import LeftOut
 from swath.shards.reader import ShardReader
-from swath.shards.selection import Selection, drawn, period, region, select
 from swath.shards.sources.source import Item, Part, Sample
-from swath.shards.work import Job
 
 _NM = {"B02": 492.0, "B03": 560.0, "B04": 665.0}
 DAY = 86_400

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.shards.test_store import SIZE, held, until, write_shards
 
-from swath.shards.cache import Cache, CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.manifest import Shard
-from swath.shards.remote import Patience, Remote
-from swath.shards.store import RemoteStore
+from swath.shards.stores.cache import Cache, CacheOptions
+from swath.shards.stores.remote import Patience, Remote
+from swath.shards.stores.store import RemoteStore
 from tests.fault_server import FaultServer, cut, drip, endless, flip, hang, serving
-from tests.shards.test_store import SIZE, held, until, write_shards
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.timeout(60)
@@ -281,10 +281,10 @@ def test_a_cache_that_cannot_be_written(server: FaultServer, tmp_path: Path):
 RANK = """
 import sys, json, hashlib
 from pathlib import Path
-from swath.shards.cache import Cache, CacheOptions
+from swath.shards.stores.cache import Cache, CacheOptions
 from swath.shards.manifest import Shard
-from swath.shards.remote import Patience
-from swath.shards.store import open_store
+from swath.shards.stores.remote import Patience
+from swath.shards.stores.store import open_store
 place, cache, limit, listing, order = sys.argv[1:]
 shards = [Shard(**row) for row in json.loads(listing)]
 store = open_store(place, CacheOptions(Path(cache), int(limit)), Patience(first_wait=0.05, timeout=20))

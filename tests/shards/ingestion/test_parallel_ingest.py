@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swath.shards import packer
 from swath.shards.errors import InputError
 from swath.shards.ingest import shard
-from swath.shards.quality import LeftOut
+from swath.shards.ingestion import packer
+from swath.shards.ingestion.quality import LeftOut
+from swath.shards.ingestion.selection import Selection
+from swath.shards.ingestion.work import Job, Rules
+from swath.shards.ingestion.workers import Opening, Workers
 from swath.shards.reader import ShardReader
-from swath.shards.selection import Selection
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options
-from swath.shards.work import Job, Rules
-from swath.shards.workers import Opening, Workers
 from swath.shards.writer import ShardWriter
 
 pytestmark = pytest.mark.timeout(120)
@@ -106,9 +106,9 @@ def test_copies_in_another_split_go_too(images: Path, tmp_path: Path):
 DYING = """
 import os, sys, signal
 from pathlib import Path
-from swath.shards import packer
+from swath.shards.ingestion import packer
 from swath.shards.ingest import shard
-from swath.shards.selection import Selection
+from swath.shards.ingestion.selection import Selection
 from swath.shards.writer import ShardWriter
 packer.MAX_SAMPLES, packer._CHUNKS = {per_shard}, {chunks}
 add, count = ShardWriter.add, [0]

@@ -10,11 +10,11 @@ import numpy as np
 
 from swath.shards.errors import InputError
 from swath.shards.index import MEMBER, SAMPLE, columns_of
-from swath.shards.journal import Journal, Stretch
+from swath.shards.ingestion.journal import Journal, Stretch
+from swath.shards.ingestion.quality import Duplicates, LeftOut
+from swath.shards.ingestion.work import Chunk, Job, Made, Seen, seen_again
 from swath.shards.manifest import Shard
-from swath.shards.quality import Duplicates, LeftOut
 from swath.shards.sources.source import Source
-from swath.shards.work import Chunk, Job, Made, Seen, seen_again
 from swath.shards.writer import Rows, ShardWriter
 
 MAX_SAMPLES = 4096  # in one shard, so that small data sets have several to shuffle

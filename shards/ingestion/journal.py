@@ -17,9 +17,9 @@ from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.files import write_bytes, write_json
 from swath.shards.index import MEMBER, SAMPLE
+from swath.shards.ingestion.quality import DIGEST, LeftOut
+from swath.shards.ingestion.work import Seen
 from swath.shards.manifest import Shard
-from swath.shards.quality import DIGEST, LeftOut
-from swath.shards.work import Seen
 from swath.shards.writer import Rows
 
 FOLDER = "journal"  # inside the partial folder; gone when that becomes the result

@@ -10,8 +10,8 @@ import numpy as np
 from swath.shards.bands import InputContract
 from swath.shards.codec import DecodeError, decode, encode_npy
 from swath.shards.index import VALID
-from swath.shards.plausibility import Levels
-from swath.shards.quality import digest, unfit
+from swath.shards.ingestion.plausibility import Levels
+from swath.shards.ingestion.quality import digest, unfit
 from swath.shards.sources.source import Item, Sample, Source
 from swath.shards.statistics import Statistics
 from swath.shards.writer import Member, Place

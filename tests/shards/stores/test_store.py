@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swath.shards.cache import Cache, CacheFull, CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.manifest import Shard
-from swath.shards.remote import BLOCK, Patience, Remote
 from swath.shards.skips import Skips
-from swath.shards.store import Store, open_store
+from swath.shards.stores.cache import Cache, CacheFull, CacheOptions
+from swath.shards.stores.remote import BLOCK, Patience, Remote
+from swath.shards.stores.store import Store, open_store
 from tests.fault_server import FaultServer, flip, hang, serving
 
 pytest.importorskip("aiohttp")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from swath.shards.quality import DIGEST, Duplicates, LeftOut, cloud_share, digest, nodata_share, unfit
+from swath.shards.ingestion.quality import DIGEST, Duplicates, LeftOut, cloud_share, digest, nodata_share, unfit
 from swath.shards.sources.source import Part, Sample
 
 

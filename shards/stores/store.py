@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from swath.shards.cache import Cache, CacheFull, CacheOptions
 from swath.shards.errors import InputError
 from swath.shards.manifest import Shard
-from swath.shards.remote import Closed, Patience, Remote, is_remote
+from swath.shards.stores.cache import Cache, CacheFull, CacheOptions
+from swath.shards.stores.remote import Closed, Patience, Remote, is_remote
 
 _MAPPED = 512  # shards at once, each costs a file descriptor
 _THREADS = 4
