@@ -114,7 +114,8 @@ def test_damaged_or_foreign_index(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize("field", ["id", "label", "lat", "check"])
 def test_a_flipped_bit_in_an_index_row(tmp_path: Path, field: str):
     folder = make_sensor_shards(tmp_path / "set", sensor("sentinel2", 4))
-    where = 64 + 7 * SAMPLE.itemsize + dict(SAMPLE.fields or {})[field][1]
+    place = next(entry[1] for name, entry in (SAMPLE.fields or {}).items() if name == field)
+    where = 64 + 7 * SAMPLE.itemsize + place
     raw = bytearray((folder / "index.bin").read_bytes())
     raw[where] ^= 2
     (folder / "index.bin").write_bytes(raw)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.shards.test_store import SIZE, held, until, write_shards
 
 from swath.shards.errors import InputError
 from swath.shards.manifest import Shard
@@ -18,6 +17,7 @@ from swath.shards.stores.cache import Cache, CacheOptions
 from swath.shards.stores.remote import Patience, Remote
 from swath.shards.stores.store import RemoteStore
 from tests.fault_server import FaultServer, cut, drip, endless, flip, hang, serving
+from tests.shards.stores.test_store import SIZE, held, until, write_shards
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.timeout(60)
