@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     s.add_argument("--split", type=Path, help="CSV with columns file,class,split")
     s.add_argument("--split-blocks", type=_fractions, metavar="NAME=SHARE,…", help="splits by spatial block: train=0.8,test=0.2")
     p.add_argument("--block-km", type=float, default=50.0, help="side of a block (50)")
-    p.add_argument("--buffer-km", type=float, default=0.0, help="distance that splits by block keep (0)")
+    p.add_argument("--buffer-km", type=float, help="distance that splits by block keep, centre to centre (a chip's diagonal)")
     p.add_argument("--aoi", help="GeoJSON file of polygons, or west,south,east,north: where chips must lie")
     p.add_argument("--dates", help="2019-01-01..2019-12-31, or months or years; either end may be left out")
     p.add_argument("--max-cloud", type=float, default=1.0, help="share of cloud above which a chip is left out (1)")

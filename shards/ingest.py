@@ -8,6 +8,7 @@ since decoding a tile of JPEG 2000 for each of them would take days.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from swath.shards.bands import InputContract, Normalisation
+from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder
 from swath.shards.identity import hash_text
@@ -42,6 +44,7 @@ from swath.shards.sources.split import assign
 from swath.shards.statistics import Statistics
 from swath.shards.writer import Rows, flat_keys
 
+_LOOKS = 16  # chips that are tried to learn the size of one
 _VERSION = 4  # of what is written for one plan; a change makes unfinished ingests start over
 _PERCENTILES = (1, 2, 5, 25, 50, 75, 95, 98, 99)
 _log = logging.getLogger(__name__)
@@ -49,11 +52,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Splits by spatial block: {name: fraction}, the side of a block, and how far apart splits must lie."""
+    """Splits by spatial block: {name: fraction}, the side of a block, and how far apart splits must lie, from centre to centre.
+
+    Without `buffer_km` it is the diagonal of a chip: neighbours do not come into different splits.
+    """
 
     fractions: dict[str, float]
     block_km: float = 50.0
-    buffer_km: float = 0.0
+    buffer_km: float | None = None
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Plan:
     jobs: dict[str, list[Job]]
     classes: tuple[str, ...]
     left_out: LeftOut
+    blocks: Blocks | None = None
 
     @property
     def total(self) -> int:
@@ -93,8 +100,11 @@ def plan_of(
         jobs, given = listed, {row.label for row in rows if row is not None and row.label}
         classes = classes if given <= set(classes) else tuple(sorted(given | set(classes)))
     jobs = select(jobs, opened.dataset, selection, left_out)
-    if isinstance(split, Blocks) and jobs:
-        made = assign_blocks([job.item for job in jobs], split.fractions, block_km=split.block_km, buffer_km=split.buffer_km)
+    blocks = split if isinstance(split, Blocks) else None
+    if blocks is not None and jobs:
+        buffer_km = _diagonal_km(opened, jobs) if blocks.buffer_km is None else blocks.buffer_km
+        blocks = replace(blocks, buffer_km=buffer_km)
+        made = assign_blocks([job.item for job in jobs], blocks.fractions, block_km=blocks.block_km, buffer_km=buffer_km)
         left_out.merge(made.left_out)
         pairs = zip(jobs, made.rows, strict=True)
         jobs = [replace(job, split=row.split, block=row.block) for job, row in pairs if row is not None]
@@ -105,7 +115,21 @@ def plan_of(
     names = sorted({job.split for job in jobs})
     if odd := next((name for name in names if name and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)), None):
         raise InputError(f"{source} has a split {odd!r}, which is no name of a folder; letters, digits, '_' and '-' are")
-    return Plan(opened, {name: [job for job in jobs if job.split == name] for name in names}, classes, left_out)
+    return Plan(opened, {name: [job for job in jobs if job.split == name] for name in names}, classes, left_out, blocks)
+
+
+def _diagonal_km(source: Source, jobs: list[Job]) -> float:
+    """Of the first chip that can be decoded, corner to corner, and a hundredth more for rounding."""
+    for job in jobs[:_LOOKS]:
+        try:
+            sample = source.read(job.item)
+        except DecodeError:
+            continue
+        for name, part in sample.parts.items():
+            gsd_m = sample.meta.get("gsd_m") or source.contracts[name].gsd_m
+            if gsd_m:
+                return 1.01 * math.hypot(*part.pixels.shape[1:]) * float(gsd_m) / 1000
+    raise InputError("the ground that a chip covers cannot be told, so not how far apart splits must lie; give --buffer-km")
 
 
 def shard(
@@ -137,7 +161,7 @@ def shard(
     options, selection = options or Options(), selection or Selection()
     check_numbers(options, max_failed=max_failed, max_nodata=max_nodata, shard_bytes=shard_bytes, workers=workers)
     plan = plan_of(source, options, recipe, split, selection)
-    blocks = {"blocks": asdict(split)} if isinstance(split, Blocks) else {}
+    blocks = {"blocks": asdict(plan.blocks)} if plan.blocks is not None else {}
     said = {
         "recipe": recipe, **asdict(options), "selection": asdict(selection), **blocks,
         "shard_bytes": shard_bytes, "max_nodata": max_nodata,

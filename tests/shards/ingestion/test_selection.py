@@ -21,7 +21,7 @@ from swath.shards.ingestion.selection import Selection, drawn, period, region, s
 from swath.shards.ingestion.work import Job
 from swath.shards.manifest import Manifest, read_manifest
 from swath.shards.reader import ShardReader
-from swath.shards.sources.source import Item, Part, Sample
+from swath.shards.sources.source import Item, Options, Part, Sample
 
 _NM = {"B02": 492.0, "B03": 560.0, "B04": 665.0}
 DAY = 86_400
@@ -285,6 +285,26 @@ def test_splits_by_block(made: Any, tmp_path: Path):
     assert (test["block"] >= 0).all()
     assert any("within 120 km" in reason for reason in manifests["train"].source["left_out"])
     assert manifests["train"].source["blocks"] == {"fractions": {"train": 0.7, "test": 0.3}, "block_km": 500, "buffer_km": 120}
+
+
+def test_neighbours_do_not_come_into_different_splits(tmp_path: Path):
+    """Chips of one scene, side by side, in blocks of three by three: without a word, splits are a chip's diagonal apart."""
+    rasterio = pytest.importorskip("rasterio")
+    profile = {"driver": "GTiff", "width": 256, "height": 256, "count": 3, "dtype": "uint8", "crs": "EPSG:32632"}
+    profile["transform"] = rasterio.transform.from_origin(500_000, 5_000_000, 10, 10)
+    (tmp_path / "set").mkdir()
+    with rasterio.open(tmp_path / "set" / "a.tif", "w", **profile) as file:
+        file.write(np.random.default_rng(0).integers(1, 255, (3, 256, 256), np.uint8))
+    split = Blocks({"train": 0.5, "test": 0.5}, block_km=0.48)
+    manifests = shard(tmp_path / "set", tmp_path / "out", options=Options(chip=16), split=split, progress=False)
+    assert set(manifests) == {"test", "train"}
+    place = {}
+    for name in manifests:
+        reader = ShardReader(tmp_path / "out" / name)
+        place[name] = np.array([reader.meta(n)["window"][:2] for n in range(len(reader))])
+    apart = np.abs(place["train"][:, None] - place["test"][None]).max(axis=2)
+    assert apart.min() > 16  # 16 pixels are next door, at an edge or a corner
+    assert manifests["train"].source["blocks"]["buffer_km"] == pytest.approx(1.01 * 0.16 * 2**0.5)
 
 
 SENTINEL2 = {"s2": contract("s2", ("B02", "B03", "B04"), sensor="sentinel2", unit="reflectance")}
