@@ -117,10 +117,11 @@ def test_damaged_checkpoint_falls_back(finished: Path) -> None:
 
 
 def test_second_owner_is_refused(finished: Path) -> None:
-    process = subprocess.Popen(command(finished, "owned"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    long = command(finished, "owned", "train.max_steps=5000")  # longer than the second one takes to start
+    process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: lines(finished / "owned") >= 1, process)
-        second = subprocess.run(command(finished, "owned"), capture_output=True, text=True, check=False)
+        second = subprocess.run(long, capture_output=True, text=True, check=False)
         assert second.returncode == 2 and f"owned by process {process.pid}" in second.stderr
         assert "Traceback" not in second.stderr
     finally:
