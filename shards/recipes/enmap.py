@@ -1,7 +1,7 @@
 """EnMAP's 224 bands of L2A in detector order, VNIR 1 to 91, then SWIR 92 to 224, which overlap at 902 to 993 nm.
 
-Centres are nominal, of DLR's band table at the start of operations (EnMAP_Spectral_Bands_update, 2022); a scene's own metadata
-differ by about 1 nm. No widths: they are not in the sources that this was taken from.
+Centres are nominal: of a public copy of DLR's band table (EnMAP_Spectral_Bands_update), which was not seen itself; a scene's own
+metadata may differ. No widths: they are not in the sources that this was taken from.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ VOID = (*range(127, 142), *range(161, 168))
 KEPT = tuple(n for n in range(1, 225) if n not in VOID)
 NODATA = -32768
 SCALE, SCALE_SOURCE = 1e-4, "publisher: reflectance · 10000"
-NOTE = "wavelengths are nominal: DLR's band table of 2022, not those of each scene"
+NOTE = "wavelengths are nominal: of a copy of DLR's band table, not those of each scene"
 
 
 def bands(numbers: tuple[int, ...] = KEPT) -> list[Band]:
