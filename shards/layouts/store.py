@@ -1,18 +1,13 @@
 """Where a layout's files lie: a folder, or a zip that is read in place."""
 
-import lzma
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
-from swath.shards.sources.archive import MAX_BYTES, open_zip, zip_members
-
-_BROKEN = (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError)
+from swath.shards.sources.archive import BROKEN, MAX_BYTES, open_zip, zip_members
 
 
 class Store(Protocol):
@@ -96,7 +91,7 @@ class Zip:
             self._archive, self._owner = open_zip(self.path), os.getpid()
         try:
             return self._archive.open(name)  # pyright: ignore[reportReturnType] - typeshed has IO[bytes]
-        except _BROKEN as error:
+        except BROKEN as error:
             raise DecodeError(f"{name} cannot be read: {error}") from None
 
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes | None:
@@ -109,7 +104,7 @@ class Zip:
 def _limited(file: BinaryIO, name: str, limit: int) -> bytes:
     try:
         data = file.read(limit + 1)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DecodeError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > limit:
         raise DecodeError(f"{name} is larger than the limit of {limit} bytes")

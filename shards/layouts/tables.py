@@ -2,8 +2,6 @@
 
 import csv
 import io
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +9,7 @@ from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
 from swath.shards.layouts.layout import Facts, Table
 from swath.shards.layouts.store import Store
+from swath.shards.sources.archive import BROKEN
 
 
 def read_table(store: Store, name: str, table: Table, groups: dict[str, str]) -> Iterator[tuple[str, Facts]]:
@@ -22,7 +21,7 @@ def read_table(store: Store, name: str, table: Table, groups: dict[str, str]) ->
             yield table.row(row, groups)
     except KeyError as error:
         raise InputError(f"{name} has no column {error}; the recipe reads the table as published") from None
-    except (DecodeError, OSError, ValueError, TypeError, AttributeError, csv.Error, zipfile.BadZipFile, zlib.error) as error:
+    except (DecodeError, ValueError, TypeError, AttributeError, csv.Error, *BROKEN) as error:
         raise InputError(f"{name}, near row {number}: {error}; the recipe reads the table as published") from None
 
 

@@ -1,11 +1,15 @@
 """Zips that may have been made to harm: their member list is checked before anything is read."""
 
+import lzma
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from swath.shards.errors import InputError
 
+# what reading a damaged member raises, or one that is packed in a way that Python does not know
+BROKEN = (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError)
 MAX_BYTES = 1 << 28  # of one member: far beyond any chip, and more than a band of a Sentinel-2 tile
 MAX_RATIO = 200  # a deflated image hardly shrinks; what does by more than this is a bomb
 

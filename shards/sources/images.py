@@ -2,9 +2,6 @@
 
 import hashlib
 import io
-import lzma
-import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -13,7 +10,7 @@ from PIL import Image
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import DecodeError, decode, describe, encode_npy
 from swath.shards.errors import InputError
-from swath.shards.sources.archive import MAX_BYTES, open_zip, zip_members
+from swath.shards.sources.archive import BROKEN, MAX_BYTES, open_zip, zip_members
 from swath.shards.sources.folder import TIFF, Files, files_below
 from swath.shards.sources.source import Item, Options, Part, Sample
 
@@ -83,7 +80,7 @@ class Images:
             if path.stat().st_size > MAX_BYTES:
                 raise DecodeError(f"{path.stat().st_size} bytes are beyond the limit of {MAX_BYTES}")
             return path.read_bytes()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except BROKEN as error:
             raise DecodeError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
     @staticmethod

@@ -6,7 +6,6 @@ Sources: Sentinel-2 Products Specification Document 14.9 and 15.0, §4 (tree, MT
 
 import re
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from xml.etree import ElementTree
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
 from swath.shards.sensors import SENSORS
-from swath.shards.sources.archive import open_zip, zip_members
+from swath.shards.sources.archive import BROKEN, open_zip, zip_members
 from swath.shards.sources.cut import Scenes, stated
 from swath.shards.sources.folder import Files, files_below
 from swath.shards.sources.markup import MAX_BYTES, parse_xml, texts
@@ -128,7 +127,7 @@ def _zipped(path: Path, folder: Path) -> list[_Product]:
         try:
             with zipfile.ZipFile(path) as archive:
                 return archive.read(name)
-        except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
+        except (KeyError, *BROKEN) as error:
             raise DecodeError(f"{path.name}: {name} cannot be read ({error})") from None
 
     return [

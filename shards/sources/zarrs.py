@@ -15,7 +15,7 @@ import numpy as np
 
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
-from swath.shards.sources.archive import open_zip, zip_members
+from swath.shards.sources.archive import BROKEN, open_zip, zip_members
 from swath.shards.sources.cube import Window, check_dtype, take
 
 MAX_CHUNK = 1 << 28  # bytes that must be decompressed to see one value
@@ -144,7 +144,7 @@ def _store(place: Path | bytes, where: str) -> Any:
             with zipfile.ZipFile(io.BytesIO(place)) as archive:
                 zip_members(Path(where), archive)
                 read = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
-        except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, ValueError, InputError) as error:
+        except (ValueError, InputError, *BROKEN) as error:
             raise DecodeError(f"{where} is no zip that can be read ({error})") from None
         return storage.MemoryStore({k: default_buffer_prototype().buffer.from_bytes(v) for k, v in read.items()}, read_only=True)
     if place.is_dir():

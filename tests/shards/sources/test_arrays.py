@@ -1,4 +1,6 @@
+import io
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from swath.shards.errors import InputError
 from swath.shards.sources import hdf5, mat
 from swath.shards.sources.arrays import open_hdf5, open_mat, open_zarr
 from swath.shards.sources.source import Options
+from swath.shards.sources.zarrs import Zarr
 
 h5py = pytest.importorskip("h5py")
 scipy_io = pytest.importorskip("scipy.io")
@@ -189,3 +192,15 @@ def test_damaged_hdf5_is_a_bad_sample(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DecodeError, match="damaged"):
         source.read(source.items[0])
+
+
+def test_a_damaged_member_of_a_zipped_sample_is_a_bad_sample():
+    """Deflated bytes that are none raise zlib's own error, which is no OSError."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(".zgroup", b"{}" + bytes(1000))
+    raw = bytearray(buffer.getvalue())
+    start = 30 + len(".zgroup")
+    raw[start : start + 8] = b"\xff" * 8
+    with pytest.raises(DecodeError, match="is no zip that can be read"):
+        Zarr(bytes(raw), "sample 1")
