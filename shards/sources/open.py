@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, TiffImagePlugin
 
 from swath.shards.errors import InputError
+from swath.shards.manifest import NAME as MANIFEST
 from swath.shards.recipes.registry import find
 from swath.shards.sources.arrays import open_hdf5, open_mat, open_zarr
 from swath.shards.sources.beside import METADATA
@@ -93,7 +94,8 @@ def opener_of(path: Path) -> Callable[[Path, Options], Source]:
     if others or (tiffs and not _is_picture(tiffs[0])):
         return Rasters
     pictures = any(p.suffix.lower() in IMAGES for p in files)
-    if not pictures and any(p.suffix.lower() == ".tar" for p in files):
+    # beside our own shards lie the pictures of `swath inspect`
+    if (not pictures or (path / MANIFEST).is_file()) and any(p.suffix.lower() == ".tar" for p in files):
         return open_webdataset
     return open_parquet if not pictures and any(p.suffix.lower() == ".parquet" for p in files) else Images
 

@@ -14,9 +14,12 @@ from PIL import Image
 from swath.shards.codec import DecodeError, encode_npy
 from swath.shards.errors import InputError
 from swath.shards.ingest import shard
+from swath.shards.inspect import inspect
 from swath.shards.reader import ShardReader
+from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options
 from swath.shards.sources.webdataset import at_first_dot, at_last_dot, captions_of, cut_of, kind_of, open_webdataset, plain_json
+from tests.shard_folders import make_sensor_shards, sensor
 from tests.shards.recipes.published import opened, samples
 
 TarWriter = getattr(webdataset, "TarWriter")  # noqa: B009 - untyped
@@ -253,3 +256,12 @@ def test_tars_are_told_without_a_recipe(tmp_path: Path, single: bool):
     path = rsteller(tmp_path / "in" / "part.tar")
     (manifest,) = shard(path if single else path.parent, tmp_path / "out", progress=False).values()
     assert (manifest.samples, list(manifest.contracts), manifest.source["kind"]) == (6, ["rgb"], "webdataset")
+
+
+def test_shards_that_were_inspected_are_still_shards(tmp_path: Path):
+    """Contact sheets and map lie beside the tars, and are not the data set."""
+    folder = make_sensor_shards(tmp_path / "set", sensor("sentinel2", 4), samples=5)
+    inspect(folder)
+    assert list(folder.glob("*.png"))
+    source = open_source(folder, Options())
+    assert (len(source.items), list(source.contracts)) == (5, ["sentinel2"])
