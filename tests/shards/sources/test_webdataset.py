@@ -263,5 +263,5 @@ def test_shards_that_were_inspected_are_still_shards(tmp_path: Path):
     folder = make_sensor_shards(tmp_path / "set", sensor("sentinel2", 4), samples=5)
     inspect(folder)
     assert list(folder.glob("*.png"))
-    source = open_source(folder, Options())
-    assert (len(source.items), list(source.contracts)) == (5, ["sentinel2"])
+    with pytest.raises(InputError, match="is a folder of shards already"):
+        open_source(folder, Options())
