@@ -25,6 +25,7 @@ from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Sample
 from swath.shards.stores.cache import CacheOptions
 from swath.shards.stores.remote import Patience
+from tests.s3_server import s3_server
 
 pytest.importorskip("aiohttp")
 rasterio = pytest.importorskip("rasterio")
@@ -149,30 +150,16 @@ def cache(tmp_path: Path) -> CacheOptions:
 @pytest.fixture
 def s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
     """An S3 server on loopback; the call uploads the folder and gives a client."""
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    import boto3
+    with s3_server(monkeypatch) as client:
 
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "swath-secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        def upload() -> Any:
+            client.create_bucket(Bucket="archive")
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    client.put_object(Bucket="archive", Key=path.relative_to(folder).as_posix(), Body=path.read_bytes())
+            return client
 
-    def upload() -> Any:
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="archive")
-        for path in folder.rglob("*"):
-            if path.is_file():
-                client.put_object(Bucket="archive", Key=path.relative_to(folder).as_posix(), Body=path.read_bytes())
-        return client
-
-    yield upload
-    running.stop()
+        yield upload
 
 
 def scene(path: Path, side: int, seed: int = 0, count: int = 2, **how: Any) -> None:
@@ -656,25 +643,3 @@ def test_stac_assets_refused(href: str, said: str, server: Server, cache: CacheO
     with pytest.raises(InputError, match=said) as caught:
         mirror(f"{server.place}/one.json", cache)
     assert "swath-secret" not in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_what_is_open_at_the_end_does_no_harm(server: Server, cache: CacheOptions):
-    """GDAL has crashed at the end of Python with files that Python reads for it."""
-    scenes(server.folder)
-    code = """
-import sys
-from pathlib import Path
-from swath.shards.stores.cache import CacheOptions
-from swath.shards.sources.mirror import located
-from swath.shards.sources.open import open_source
-from swath.shards.sources.scene import open_raster
-from swath.shards.sources.source import Options
-for options in (Options(chip=64), Options(chip=64, gsd_m=20, resampling="average")):
-    source = open_source(located(sys.argv[1], CacheOptions(Path(sys.argv[2]), 1 << 30)), options)
-    print(source.read(source.items[0]).parts["sentinel2"].pixels.mean())
-kept = open_raster(source.scenes[0].stacks[0].paths[0])
-"""
-    place = f"{server.place}/scenes"
-    ended = subprocess.run([sys.executable, "-c", code, place, str(cache.folder)], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert os.environ.get("CPL_DEBUG") is None

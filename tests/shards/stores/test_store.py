@@ -16,6 +16,7 @@ from swath.shards.stores.cache import Cache, CacheFull, CacheOptions
 from swath.shards.stores.remote import BLOCK, Patience, Remote
 from swath.shards.stores.store import Store, open_store
 from tests.fault_server import FaultServer, flip, hang, serving
+from tests.s3_server import s3_server
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.timeout(60)
@@ -65,29 +66,15 @@ def options(tmp_path: Path) -> CacheOptions:
 @pytest.fixture
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     """An S3 server on loopback; the call uploads the folder and gives its address."""
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    import boto3
+    with s3_server(monkeypatch) as client:
 
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "swath-secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        def upload() -> str:
+            client.create_bucket(Bucket="archive")
+            for path in (tmp_path / "shards").iterdir():
+                client.put_object(Bucket="archive", Key=f"made/set/{path.name}", Body=path.read_bytes())
+            return "s3://archive/made/set"
 
-    def upload() -> str:
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="archive")
-        for path in (tmp_path / "shards").iterdir():
-            client.put_object(Bucket="archive", Key=f"made/set/{path.name}", Body=path.read_bytes())
-        return "s3://archive/made/set"
-
-    yield upload
-    running.stop()
+        yield upload
 
 
 def same_as_local(store: Store, shards: list[Shard], folder: Path) -> None:
