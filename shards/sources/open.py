@@ -17,13 +17,14 @@ from swath.shards.sources.cells import open_parquet
 from swath.shards.sources.folder import TIFF, files_below
 from swath.shards.sources.images import EXTENSIONS as IMAGES
 from swath.shards.sources.images import Images
-from swath.shards.sources.joined import Joined, Series
+from swath.shards.sources.joined import Joined
 from swath.shards.sources.landsat import MTL, Landsat
 from swath.shards.sources.match import Dates
 from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.parts import data_of
 from swath.shards.sources.rasters import EXTENSIONS, Rasters
 from swath.shards.sources.safe import Safe, is_safe, is_safe_zip, safe_root
+from swath.shards.sources.series import Series
 from swath.shards.sources.source import Options, Source
 from swath.shards.sources.stac import MAX_BYTES, Stac, read_json
 from swath.shards.sources.webdataset import open_webdataset
