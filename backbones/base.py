@@ -98,6 +98,11 @@ class Backbone(nn.Module):
         """(dates, groups, rows, columns) of tokens for an image size; ValueError when the patch does not divide it."""
         raise NotImplementedError
 
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        """The channels of the image behind each (date, group) of the grid, in its order."""
+        return (tuple(range(self.config.bands)),)
+
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> Tokens:
         """Embed the image; with `keep`, only those places are ever projected."""
         raise NotImplementedError

@@ -343,6 +343,10 @@ class GroupViT(GridViT):
         self.patch_embed = nn.ModuleList([PatchEmbed(len(group), config.patch, config.width) for group in bands])
         init_weights(self.patch_embed)
 
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(group) for group in self.bands)
+
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         if index_bk is None:
             return torch.cat([e(images_bchw[:, g]) for e, g in zip(self.patch_embed, self.bands, strict=True)], dim=1)

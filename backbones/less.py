@@ -256,6 +256,10 @@ class LESS(Backbone):
     def grid(self, height: int, width: int) -> tuple[int, int, int, int]:
         return 1, self.config.bands, *patch_grid(height, width, self.config.patch)
 
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((band,) for band in range(self.config.bands))
+
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> SpacedTokens:
         """`ctx.gsd_m` (B,) and `ctx.wavelength_nm` (C,) place the tokens; the configuration's stand in for them, and for a NaN of
         the former."""

@@ -63,6 +63,10 @@ class SpectralViT(GridViT):
         nn.init.trunc_normal_(self.pos_embed_spatial, std=0.02)
         nn.init.trunc_normal_(self.pos_embed_temporal, std=0.02)
 
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(zip(*[iter(range(self.config.bands))] * self.config.cube, strict=True))
+
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         return self.patch_embed(images_bchw, index_bk)
 

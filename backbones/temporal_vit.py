@@ -67,6 +67,10 @@ class TemporalViT(GridViT):
     def seen(self, ctx: Context | None) -> Context | None:
         return None if ctx is None else replace(ctx, time=None)  # the positions hold the dates
 
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(zip(*[iter(range(self.config.bands))] * (self.config.bands // self.config.frames), strict=True))
+
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         project = self.patch_embed.proj
         return visible_patch_embedding(stacked(images_bchw, project.in_channels), project.weight, project.bias, index_bk)

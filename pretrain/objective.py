@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, Recomputed, Registry
+from swath.backbones.base import registry as backbones
 from swath.shards.prepare import Batch
 
 
@@ -18,12 +19,16 @@ class Draws(Protocol):
 
     def order(self, stream: str, n: int) -> Tensor: ...
 
+    def choose(self, stream: str, scores: Tensor, k: int) -> Tensor: ...
+
 
 @dataclass
 class Outcome:
     """The loss is numerator / weight, both summed over the global batch by the trainer; scalars, float32.
 
-    `terms` holds (sum, weight) of every named part; `picture()` gives {name: (B, C, H, W)} in normalised units.
+    Of a loss with parts that are counted differently (tokens, pixels of several sizes) each part is a mean within its sample, so
+    that samples are the weight of all of them. `terms` holds (sum, weight) of every named part; `picture()` gives
+    {name: (B, C, H, W)} in normalised units.
     """
 
     numerator: Tensor
@@ -33,14 +38,38 @@ class Outcome:
 
 
 class Objective(nn.Module):
-    """Base of every objective. `needs` names the traits that its backbone must have."""
+    """Base of every objective. `needs` names the traits that its backbone must have.
+
+    The trainer sets `progress`, the share of the run that is done, before each step, and gives images `scale` times as large as
+    the backbone sees them.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    takes_pairs: ClassVar[bool] = False  # whether a sample may have several modalities
+    takes_pairs: ClassVar[bool] = False  # whether a sample may have several modalities, whose bands the backbone then sees as one
+    scale: int = 1
+    progress: float = 0.0
     backbone: Backbone
+
+    @classmethod
+    def refusal(cls, backbone: Backbone) -> str | None:
+        """Why this objective cannot train `backbone`; None where it can."""
+        missing = cls.needs - backbone.traits
+        if not missing:
+            return None
+        return (
+            f"it needs a backbone that is {', '.join(sorted(missing))}; this one is {', '.join(sorted(backbone.traits)) or 'not'}"
+        )
 
     def forward(self, batch: Batch, draw: Draws) -> Outcome:
         raise NotImplementedError
+
+    def look(self, batch: Batch, draw: Draws) -> tuple[Tensor, Context]:
+        """(images (B, C, H, W), context): what the backbone sees of a batch, nothing masked."""
+        modality = next(iter(batch.images))
+        return batch.images[modality], context(batch, modality, self.backbone, draw)
+
+    def after_step(self, skipped: Tensor) -> None:
+        """Called after each step of the optimiser; `skipped`, a bool scalar on the device, says that it moved nothing."""
 
     def blocks(self) -> list[Recomputed]:
         """The blocks that activation checkpointing and per-block compilation apply to."""
@@ -57,13 +86,9 @@ def build(name: str, backbone: Backbone, image_size: tuple[int, int], channels: 
     ValueError says why a pair is not possible.
     """
     entry = registry.entry(name)
-    missing = entry.build.needs - backbone.traits
-    if missing:
-        raise ValueError(
-            f"objective {name} needs a backbone that is {', '.join(sorted(missing))}; {type(backbone).__name__} is "
-            f"{', '.join(sorted(backbone.traits)) or 'none of these'}"
-        )
-    if len(channels) > 1 and "any_bands" not in backbone.traits:
+    if reason := entry.build.refusal(backbone):
+        raise ValueError(f"objective {name} cannot train {type(backbone).__name__}: {reason}")
+    if len(channels) > 1 and not entry.build.takes_pairs and "any_bands" not in backbone.traits:
         raise ValueError(
             f"{', '.join(channels)} need a backbone that takes any bands (wave_vit does); with {type(backbone).__name__} "
             "name one in data.modalities, or train on one data set"
@@ -71,15 +96,35 @@ def build(name: str, backbone: Backbone, image_size: tuple[int, int], channels: 
     return entry.build(registry.configure(name, **options), backbone, image_size, channels)
 
 
-def context(batch: Batch, modality: str, backbone: Backbone, draw: Draws) -> Context:
-    """What the batch tells a backbone besides its pixels; with a context encoding, `draw` says from whom it is withheld."""
+def pairs() -> dict[str, dict[str, str | None]]:
+    """objective → backbone → why not, None where the pair can be trained: of every objective and one backbone of each family."""
+    small: dict[str, Backbone] = {}
+    with torch.device("meta"):
+        for build_backbone, name in sorted(backbones.families().items(), key=lambda family: family[1]):
+            small[name] = backbones.entry(name).build(backbones.configure(name, **build_backbone.tiny))
+    return {
+        name: {other: registry.entry(name).build.refusal(backbone) for other, backbone in small.items()}
+        for name in registry.names()
+    }
+
+
+def context(batch: Batch, modality: str, backbone: Backbone, draw: Draws, scale: int = 1) -> Context:
+    """What the batch tells a backbone besides its pixels, which are `scale` times as large as the batch's; with a context
+    encoding, `draw` says from whom it is withheld."""
     encodes = backbone.training and getattr(backbone, "context", None) is not None
+    known = {name: batch.meta.get(name) for name in ("gsd_m", "lat", "lon", "time")}
+    if scale != 1 and known["gsd_m"] is not None:
+        known["gsd_m"] = known["gsd_m"] * scale
     return Context(
-        wavelength_nm=batch.wavelength_nm.get(modality), drop=draw.uniform("context", 1)[:, 0] if encodes else None,
-        **{name: batch.meta.get(name) for name in ("gsd_m", "lat", "lon", "time")},
-    )  # fmt: skip
+        wavelength_nm=batch.wavelength_nm.get(modality), drop=draw.uniform("context", 1)[:, 0] if encodes else None, **known
+    )
 
 
-def token_validity(valid_b1hw: Tensor, patch: int) -> Tensor:
-    """(B, N) bool: tokens of which at least half the pixels are valid."""
-    return torch.nn.functional.avg_pool2d(valid_b1hw.float(), patch).flatten(1) >= 0.5
+def seen_pixels(batch: Batch, modality: str) -> tuple[Tensor, Tensor | None]:
+    """(images (B, C, H, W), valid (B, dates, H, W) or None) of a modality, invalid pixels 0 whatever stood there."""
+    images_bchw, valid_bthw = batch.images[modality], batch.valid.get(modality)
+    if valid_bthw is None:
+        return images_bchw, None
+    bands = images_bchw.shape[1] // valid_bthw.shape[1]
+    each_bchw = valid_bthw if valid_bthw.shape[1] == 1 else valid_bthw.repeat_interleave(bands, dim=1)
+    return torch.where(each_bchw, images_bchw, 0.0), valid_bthw

@@ -195,15 +195,23 @@ class _Trainer:
 
     def _rehearsal(self, model: Objective) -> Any:
         """One forward and backward pass on blank images, as large as a micro-batch."""
-        contract = self.data.contract
-        blank = torch.zeros(self.micro, contract.channels, *self.size, device=self.device)
+        size = (self.size[0] * model.scale, self.size[1] * model.scale)
+        contracts = self.data.contracts if model.takes_pairs else {self.data.contract.modality: self.data.contract}
+        blank = {
+            name: torch.zeros(self.micro, contract.channels, *size, device=self.device) for name, contract in contracts.items()
+        }
         ids = torch.arange(self.micro, device=self.device)
-        batch = Batch({contract.modality: blank}, {}, ids, torch.zeros_like(ids), torch.ones(self.micro, device=self.device))
+        batch = Batch(blank, {}, ids, torch.zeros_like(ids), torch.ones(self.micro, device=self.device))
 
         def step() -> None:
             model(batch, Draw(0, ids, ids)).numerator.backward()
 
         return step
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the objective is given."""
+        return self.size[0] * self.model.scale, self.size[1] * self.model.scale
 
     # --- the loop ---
 
@@ -264,6 +272,7 @@ class _Trainer:
     def _one_step(self, batches: Iterator[MicroBatch], schedule: Schedule) -> dict[str, Any]:
         """One update. Returns what is to be written, tensors still on the device."""
         began, waited = time.perf_counter(), 0.0
+        self.model.progress = self.step / self.total
         share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
         numerator, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         terms: dict[str, list[Tensor]] = {}
@@ -275,7 +284,7 @@ class _Trainer:
             ids.append(chips.id)
             draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
             view = augment.view(self.recipe.data.augment, draw, next(iter(chips.stored.values())).size)
-            batch = prepare(chips, self.data.contracts_of(chips), self.size, view, self.data.clear)
+            batch = prepare(chips, self.data.contracts_of(chips), self.view_size, view, self.data.clear)
             with precision.autocast(self.chosen["precision"], self.device):
                 outcome = self.model(batch, draw)
             (outcome.numerator / share).backward()
@@ -285,6 +294,7 @@ class _Trainer:
                 terms[name] = [amounts[0] + amount, amounts[1] + count]
         lr = schedule.lr(self.step)
         norm, skipped = self._update(numerator, weight, share, lr)
+        self.model.after_step(skipped)
         return {
             "step": self.step + 1,
             "samples": (self.step + 1) * self.recipe.train.global_batch,
@@ -356,6 +366,7 @@ class _Trainer:
         total: dict[str, list[float]] = {}
         looks: list[Features] = []
         pictures: dict[str, dict[str, Tensor]] = {}
+        self.model.progress = self.step / self.total
         self.model.eval()
         with torch.no_grad(), precision.autocast(self.chosen["precision"], self.device):
             for number, reader in enumerate(self.data.held_out):
@@ -363,18 +374,16 @@ class _Trainer:
                 chips = reader.chips(np.linspace(0, len(reader) - 1, count).astype(np.int64)).to(self.device)
                 for first in range(0, count, self.micro):
                     part = chips.part(slice(first, first + self.micro))
-                    batch = prepare(part, self.data.contracts_of(part), self.size, clear=self.data.clear)
+                    batch = prepare(part, self.data.contracts_of(part), self.view_size, clear=self.data.clear)
                     draw = Draw(self.recipe.run.seed, batch.id, batch.visit)
                     outcome = self.model(batch, draw)
+                    if self.model.scale != 1:
+                        batch = prepare(part, self.data.contracts_of(part), self.size, clear=self.data.clear)
                     modality = next(iter(batch.images))
                     amounts = total.setdefault(modality, [0.0, 0.0])
                     total[modality] = [amounts[0] + float(outcome.numerator), amounts[1] + float(outcome.weight)]
                     if number == 0:  # health is of one kind of samples
-                        looks.append(
-                            self.model.backbone(
-                                batch.images[modality], objective.context(batch, modality, self.model.backbone, draw)
-                            )
-                        )
+                        looks.append(self.model.backbone(*self.model.look(batch, draw)))
                     if modality not in pictures and outcome.picture is not None:
                         pictures[modality] = outcome.picture()
         self.model.train()

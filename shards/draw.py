@@ -50,3 +50,17 @@ class Draw:
     def order(self, stream: str, n: int) -> Tensor:
         """(B, n) int64: a permutation of 0 .. n-1 per sample, the stable argsort of `uniform`."""
         return self.uniform(stream, n).argsort(dim=1, stable=True)
+
+    def choose(self, stream: str, scores: Tensor, k: int) -> Tensor:
+        """(B, k) int64: k different columns of `scores` (B, n) per sample, each next one drawn with odds that are its score.
+
+        Exponential races (Efraimidis and Spirakis 2006), in float64. What is not above 0, or not a number, comes after the rest.
+        """
+        odds_bn = torch.nan_to_num(scores.double(), nan=0.0, neginf=0.0).clamp_min(0)
+        wait_bn = -torch.log1p(-(self.uniform(stream, scores.shape[1]).double() + 2.0**-25))
+        last_bn = torch.where(odds_bn > 0, 0.0, 1.0)
+        race_bn = wait_bn / torch.where(odds_bn > 0, odds_bn, 1.0)
+        # those with odds first, each part by its race: two stable sorts
+        order_bn = race_bn.argsort(dim=1, stable=True)
+        order_bn = order_bn.gather(1, last_bn.gather(1, order_bn).argsort(dim=1, stable=True))
+        return order_bn[:, :k]

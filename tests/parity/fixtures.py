@@ -67,3 +67,8 @@ class Replay:
 
     def order(self, stream: str, n: int) -> Tensor:
         return self.uniform(stream, n).argsort(dim=1, stable=True)
+
+    def choose(self, stream: str, scores: Tensor, k: int) -> Tensor:
+        recorded = self.streams[stream]
+        assert recorded.shape == (len(scores), k), f"{stream}: {k} of {len(scores)} samples asked for, {recorded.shape} recorded"
+        return recorded

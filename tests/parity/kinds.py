@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swath.backbones.base import gather
+from swath.backbones.base import Context, gather
 from swath.backbones.vit import ViT, ViTConfig
 from swath.kernels.dispatch import use
 from swath.kernels.scan import selective_scan
-from swath.pretrain.masking import places, random_mask
-from swath.pretrain.objectives.mae import MAE, MAEConfig, load_published
+from swath.pretrain.masking import Mask, encode, ids_restore, mask_images
+from swath.pretrain.objectives.mae import MAE, MAEConfig, load_published, published_name
 from swath.shards.prepare import Batch
 from tests.parity import kinds_less, kinds_mamba
 from tests.parity.fixtures import Fixture, Replay
@@ -32,7 +32,7 @@ def mae(fixture: Fixture) -> Results:
         decoder_heads=c["decoder_num_heads"], mlp_ratio=c["mlp_ratio"], normalise_patches=c["norm_pix_loss"],
     )  # fmt: skip
     backbone = ViT(backbone_config)
-    objective = MAE(config, backbone, (side, side), {"image": c["in_chans"]})
+    objective = MAE(config, backbone, (side, side), {"rgb": c["in_chans"]})
     load_published(objective, backbone_config, fixture.part("state"))
     images = fixture.tensors["in.x"]
     draw = Replay(mask=fixture.tensors["draw.noise"])
@@ -44,23 +44,28 @@ def mae(fixture: Fixture) -> Results:
     loss.backward()
     got: Results = {"loss": loss.item()}
     for name in fixture.part("grad"):
-        ours = name if name.startswith(("decoder_", "mask_token")) else f"backbone.{name}"
-        gradient = objective.get_parameter(ours).grad
+        decoder = name.startswith(("decoder_", "mask_token"))
+        gradient = objective.get_parameter(published_name(name, "rgb") if decoder else f"backbone.{name}").grad
         assert gradient is not None
         got[f"grad.{name}"] = gradient
 
     with torch.no_grad():
-        grid = backbone.grid(side, side)
-        tokens = grid[2] * grid[3]
-        order = draw.order("mask", tokens)
-        keep, masked = random_mask(draw, tokens, objective.keep)
-        features = backbone.encode(backbone.tokenize(images, keep=keep))
-        rank_in_keep = order[:, : objective.keep].argsort(dim=1).argsort(dim=1)
-        got["out.latent"] = torch.cat([features.prefix, gather(features.tokens, rank_in_keep)], dim=1)
-        got["out.pred"] = objective.decode(features, keep, masked, grid, everywhere=True)
-        got["out.mask"] = torch.zeros(count, tokens).scatter(1, masked, 1.0)
-        got["out.ids_restore"] = places(draw, tokens)
+        mask = mask_images(backbone, images, None, draw, config.mask_ratio)
+        prefix, tokens = encode(backbone, images, Context(), mask)
+        got |= in_published_order(draw, prefix, tokens, mask)
+        got["out.pred"] = objective.heads["rgb"](objective.decode(prefix, tokens, mask, everywhere=True))[0]
     return got
+
+
+def in_published_order(draw: Replay, prefix: Tensor, tokens_bkd: Tensor, mask: Mask) -> Results:
+    """The encoder's output in the shuffled order that published code keeps, its mask and where each token went."""
+    count, kept = mask.seen_bk.shape[1] + mask.masked_bm.shape[1], mask.seen_bk.shape[1]
+    rank_bk = draw.order("mask", count)[:, :kept].argsort(dim=1).argsort(dim=1)
+    return {
+        "out.latent": torch.cat([prefix, gather(tokens_bkd, rank_bk)], dim=1),
+        "out.mask": torch.zeros(len(prefix), count).scatter(1, mask.masked_bm, 1.0),
+        "out.ids_restore": ids_restore(draw, count),
+    }
 
 
 def _scan_arguments(fixture: Fixture, suffix: str = "") -> dict[str, Any]:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from swath.backbones.base import create, registry
+from swath.backbones.base import Context, create, registry
+from swath.pretrain.masking import encode, mask_images, visible
 from swath.pretrain.objective import Objective, build
 from swath.pretrain.objectives.mae import MAE
+from swath.pretrain.pixels import PixelHead
 from swath.shards.draw import Draw
 from swath.shards.prepare import Batch
 
@@ -147,21 +149,77 @@ def test_bf16_autocast_is_close() -> None:
     assert torch.allclose(exact, rough, rtol=0.02)  # bf16 keeps 8 bits; the loss averages many of them
 
 
-@pytest.mark.parametrize("name", list(registry.families().values()))
-def test_every_family_trains_or_is_refused(name: str) -> None:
-    """Of one group of bands and sparse: a finite loss, and gradients that reach the embedding. Others: one line, at the start."""
+def of_family(name: str, **options: Any) -> tuple[Objective, Tensor]:
+    """A small one of a family, and images in which enough units can be masked."""
     torch.manual_seed(0)
     tiny = registry.entry(name).build.tiny
-    side = tiny["image_size"]
     backbone = create(name, **tiny)
-    options: dict[str, Any] = {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2}
-    grid = backbone.grid(side, side)
-    if "sparse" not in backbone.traits or grid[0] * grid[1] != 1:
-        with pytest.raises(ValueError, match=r"sparse|groups of bands"):
-            build("mae", backbone, (side, side), {"image": tiny["bands"]}, **options)
-        return
-    objective = build("mae", backbone, (side, side), {"image": tiny["bands"]}, **options)
-    outcome = objective(*batch_of(torch.randn(2, tiny["bands"], side, side)))
+    side = tiny["image_size"] if "sparse" in backbone.traits else 4 * backbone.mask_unit
+    small: dict[str, Any] = {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2, **options}
+    return build("mae", backbone, (side, side), {"image": tiny["bands"]}, **small), torch.randn(2, tiny["bands"], side, side)
+
+
+FAMILIES = list(registry.families().values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_trained(name: str) -> None:
+    """A finite loss, gradients that reach the embedding, and pictures in which what was seen is the input."""
+    objective, images = of_family(name)
+    outcome = objective(*batch_of(images))
     (outcome.numerator / outcome.weight).backward()
-    grads = [p.grad for p in backbone.parameters() if p.grad is not None]
+    grads = [p.grad for p in objective.backbone.parameters() if p.grad is not None]
     assert grads and all(torch.isfinite(g).all() for g in grads) and torch.isfinite(outcome.numerator)
+    assert outcome.picture is not None
+    picture = outcome.picture()
+    seen = ~picture["seen"].isnan()
+    assert abs(seen.float().mean().item() - 0.25) < 0.13, "groups of unequal bands differ by draw"
+    assert torch.equal(picture["reconstruction"][seen], images[seen])
+    assert not torch.equal(picture["reconstruction"], images)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_masked_is_not_seen(name: str) -> None:
+    objective, images = of_family(name)
+    objective.eval()
+    batch, draw = batch_of(images)
+    picture = objective(batch, draw).picture
+    assert picture is not None
+    masked = picture()["seen"].isnan()
+    mask = mask_images(objective.backbone, images, None, draw, 0.75)
+    changed = torch.where(masked, images + 9, images)
+    with torch.no_grad():
+        ctx = Context()
+        before, after = (visible(encode(objective.backbone, x, ctx, mask)[1], mask)[0] for x in (images, changed))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_invalid_pixels_change_nothing_in_any_family(name: str) -> None:
+    objective, images = of_family(name)
+    dates = objective.backbone.grid(*images.shape[2:])[0]
+    valid = torch.ones(2, dates, *images.shape[2:], dtype=torch.bool)
+    side = images.shape[2]
+    valid[0, -1, : side // 4, : side // 3] = False
+    each = valid.repeat_interleave(images.shape[1] // dates, dim=1)
+    expected = gradients(objective, torch.where(each, images, 0.0), valid)
+    got = gradients(objective, torch.where(each, images, float("nan")), valid)
+    assert expected[1] > 0 and torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert all(torch.equal(got[2][name], expected[2][name]) for name in expected[2])
+
+
+def test_hidden_pixels_need_enough_units() -> None:
+    backbone = create("vmamba_tiny", **registry.entry("vmamba_tiny").build.tiny)
+    with pytest.raises(ValueError, match="32, of which 64×64 pixels have 4; 16 are needed"):
+        build("mae", backbone, (64, 64), {"image": backbone.config.bands})
+
+
+def test_predictions_of_a_group_are_compared_with_its_own_bands() -> None:
+    objective, images = of_family("group_vit_base_patch8")
+    head = objective.get_submodule("heads.image")
+    assert isinstance(head, PixelHead)
+    made = [torch.zeros(2, 1, 64 * len(bands)) for bands in objective.backbone.channels]
+    for group, bands in enumerate(objective.backbone.channels):
+        first = torch.full((2, 1), group * 16)  # of 4 × 4 places
+        error = head.error(made, images, first, None, False)[0]
+        assert torch.allclose(error[:, 0], images[:, list(bands), :8, :8].square().mean(dim=(1, 2, 3)), rtol=1e-5)

@@ -1,0 +1,71 @@
+"""The decoder of masked autoencoders: self-attention over what was seen and mask tokens at what was not (He et al. 2022).
+
+Letters: b sample, n places of the grid, k seen, m masked, p prefix (class tokens), t = p + k + m, d width of the decoder.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from swath.backbones.base import gather, sincos_grid
+from swath.backbones.vit import EPS, Block, init_weights
+from swath.kernels.linear import Linear
+from swath.pretrain.masking import Grid, Mask, visible
+
+
+class Decoder(nn.Module):
+    """Encoder features → features of the masked places. The last block, and what follows, run on what is asked for only, which
+    changes no number and saves their arithmetic."""
+
+    def __init__(self, inside: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.width = width
+        self.embed = Linear(inside, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList([Block(width, heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        init_weights(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, prefix_bpd: Tensor, tokens_bkd: Tensor, mask: Mask, position_bnd: Tensor, prefix_position_1pd: Tensor | None = None,
+        everywhere: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """(B, M, D) at the masked places; (B, N, D) in raster order of the grid with `everywhere`. prefix and tokens are of
+        `masking.encode`; position is ([B,] N, D)."""
+        seen_bkd, hidden_bmd = visible(tokens_bkd, mask)
+        prefix, count = prefix_bpd.shape[1], seen_bkd.shape[1]
+        entered = [prefix_bpd, seen_bkd] + ([] if hidden_bmd is None else [hidden_bmd])
+        x_btd = self.embed(torch.cat(entered, dim=1))
+        head_bpd, seen_bkd, hidden_bmd = x_btd.split([prefix, count, x_btd.shape[1] - prefix - count], dim=1)
+        if prefix_position_1pd is not None:
+            head_bpd = head_bpd + prefix_position_1pd.to(head_bpd.dtype)
+        if not hidden_bmd.shape[1]:
+            hidden_bmd = self.mask_token
+        x_btd = torch.cat(
+            [
+                head_bpd,
+                seen_bkd + at(position_bnd, mask.seen_bk).to(seen_bkd.dtype),
+                (hidden_bmd + at(position_bnd, mask.masked_bm)).to(seen_bkd.dtype),
+            ],
+            dim=1,
+        )
+        wanted = x_btd.shape[1] - prefix if everywhere else mask.masked_bm.shape[1]
+        for block in self.blocks[:-1]:
+            x_btd = block(x_btd)
+        for block in self.blocks[-1:]:
+            x_btd = block(x_btd, wanted)
+        x_btd = self.norm(x_btd[:, -wanted:])
+        if not everywhere:
+            return x_btd
+        return gather(x_btd, torch.cat([mask.seen_bk, mask.masked_bm], dim=1).argsort(dim=1))
+
+
+def at(position: Tensor, index_bk: Tensor) -> Tensor:
+    """(B, K, D): rows of a table (N, D), or of each sample's own (B, N, D)."""
+    return position[index_bk] if position.ndim == 2 else gather(position.expand(len(index_bk), -1, -1), index_bk)
+
+
+def raster_positions(width: int, grid: Grid, device: torch.device) -> Tensor:
+    """(rows · columns, width) fixed positions of a grid's raster, float32."""
+    rows, columns = (torch.arange(count, device=device) for count in grid[2:])
+    return sincos_grid(width, rows, columns).float()
