@@ -81,8 +81,9 @@ class Backbone(nn.Module):
     """Base of every backbone. `traits` says what it can do:
 
     sparse: any subset of tokens can be embedded and encoded; without it, what is masked is masked in pixels (`hide`), in units of
-    `mask_unit` pixels. ordered: the order of tokens carries meaning. product: a kept subset must be a ProductKeep. any_bands:
-    images may have any number of bands.
+    `mask_unit` pixels. ordered: the order of tokens carries meaning. causal: one direction, by clusters of `config.cluster`²
+    patches, in which no token sees a later one. product: a kept subset must be a ProductKeep. any_bands: images may have any
+    number of bands.
     """
 
     traits: ClassVar[frozenset[str]] = frozenset()

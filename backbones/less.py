@@ -266,10 +266,8 @@ class LESS(Backbone):
         check_images(images_bchw, self.config.bands)
         grid, product, ctx = self.grid(*images_bchw.shape[2:]), _product(keep), ctx or Context()
         x_bgnd = self._embed(images_bchw, product)
-        # in the weights' dtype, so that a backbone loaded in bf16 stays in it
-        dtype, device = self.cls_token.dtype, images_bchw.device
-        position_bnd = (self.positions(grid, ctx.gsd_m, device) / 2).to(dtype)
-        band_bgd = (self.wavelengths(ctx.wavelength_nm).to(device)[None] / 2).to(dtype)
+        device = images_bchw.device
+        position_bnd, band_bgd = self.encodings(grid, ctx, device, self.width)
         if product is not None:
             position_bnd, band_bgd = _kept(position_bnd, product.positions), _kept(band_bgd, product.groups)
         x_bkd = (x_bgnd + position_bnd[:, None] + band_bgd[:, :, None]).flatten(1, 2)
@@ -295,11 +293,27 @@ class LESS(Backbone):
         both = (self.radar_patch_embed(images_bchw, positions), self.optical_patch_embed(images_bchw, positions))
         return torch.where((keep.groups >= optical)[:, :, None, None], *both)
 
-    def positions(self, grid: tuple[int, int, int, int], gsd_m: Tensor | None, device: torch.device) -> Tensor:
-        """(B or 1, N, D) float64: columns, then rows, in metres from the first patch."""
+    def encodings(self, grid: tuple[int, int, int, int], ctx: Context, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+        """What tokens are told of their position (B or 1, N, width) and of their band (1, C, width): half of each encoding, so
+        that the sum is their mean. In the weights' dtype, so that a backbone loaded in bf16 stays in it."""
+        position_bnd = self.positions(grid, ctx.gsd_m, device, width)
+        band_1cd = self.wavelengths(ctx.wavelength_nm, width).to(device)[None]
+        return (position_bnd / 2).to(self.cls_token.dtype), (band_1cd / 2).to(self.cls_token.dtype)
+
+    def perception(self, place_bn: Tensor, columns: int, gsd_m: Tensor | None) -> Tensor | None:
+        """Who sees whom of the class column and the places `place` (B or 1, n), see `perception_field`; None for all see all."""
+        if not self.config.perception_m:
+            return None
+        reach_b = self.config.perception_m / (self._gsd(gsd_m, place_bn.device) * self.config.patch)
+        return perception_field(place_bn, columns, reach_b)
+
+    def positions(
+        self, grid: tuple[int, int, int, int], gsd_m: Tensor | None, device: torch.device, width: int | None = None
+    ) -> Tensor:
+        """(B or 1, N, width) float64: columns, then rows, in metres from the first patch; of the backbone's width by default."""
         rows, columns = grid[2:]
         gsd_b = self._gsd(gsd_m, device) * (1 if self.config.compat else self.config.patch)
-        half = self.width // 2
+        half = (width or self.width) // 2
         by_row, by_column = (
             sincos(half, (gsd_b[:, None] * torch.arange(count, device=device)).flatten()).view(len(gsd_b), count, half)
             for count in (rows, columns)
@@ -307,8 +321,8 @@ class LESS(Backbone):
         shape = (-1, rows, columns, -1)
         return torch.cat([by_column[:, None].expand(*shape), by_row[:, :, None].expand(*shape)], dim=3).flatten(1, 2)
 
-    def wavelengths(self, wavelength_nm: Tensor | None = None) -> Tensor:
-        """(C, D) float64, 0 for a band without a wavelength; ValueError for another number of bands."""
+    def wavelengths(self, wavelength_nm: Tensor | None = None, width: int | None = None) -> Tensor:
+        """(C, width) float64, 0 for a band without a wavelength; ValueError for another number of bands."""
         config = self.config
         optical = config.bands - config.radar
         if wavelength_nm is None:
@@ -318,7 +332,7 @@ class LESS(Backbone):
         if wavelength_nm.shape != (config.bands,):
             raise ValueError(f"wavelength_nm must be ({config.bands},), one a band, not {tuple(wavelength_nm.shape)}")
         known_c = torch.isfinite(wavelength_nm) & (wavelength_nm > 0)
-        encoding_cd = sincos(self.width, wavelength_nm.double() / (1000 if config.compat else 1))
+        encoding_cd = sincos(width or self.width, wavelength_nm.double() / (1000 if config.compat else 1))
         return torch.where(known_c[:, None], encoding_cd, 0.0)
 
     def _gsd(self, gsd_m: Tensor | None, device: torch.device) -> Tensor:
@@ -347,12 +361,9 @@ class LESS(Backbone):
         column_bijd = column_bgd[:, :, None].expand(batch, -1, -1, -1).to(x_bkd.dtype)
         x_bgjd = torch.cat([column_bijd, x_bkd.unflatten(1, (groups, per_group))], dim=2)
         x_bijd = torch.cat([first_bijd, x_bgjd], dim=1)
-        mask = None
-        if self.config.perception_m:
-            count, columns = tokens.grid[2] * tokens.grid[3], tokens.grid[3]
-            place_bn = torch.arange(count, device=x_bkd.device)[None] if product is None else product.positions
-            reach_b = self.config.perception_m / (self._gsd(tokens.gsd_m, x_bkd.device) * self.config.patch)
-            mask = perception_field(place_bn, columns, reach_b)
+        count, columns = tokens.grid[2] * tokens.grid[3], tokens.grid[3]
+        place_bn = torch.arange(count, device=x_bkd.device)[None] if product is None else product.positions
+        mask = self.perception(place_bn, columns, tokens.gsd_m)
         if there is not None:
             seen_b1j = there[1][:, None]
             mask = seen_b1j.expand(-1, seen_b1j.shape[2], -1) if mask is None else mask & seen_b1j

@@ -194,6 +194,8 @@ class Mamba(Column):
         if config.directions not in (1, 4):
             raise ValueError(f"directions must be 1 or 4, not {config.directions}")
         self.both_ways = config.directions == 4
+        if not self.both_ways:
+            self.traits = self.traits | {"causal"}  # pyright: ignore[reportAttributeAccessIssue]
         inner = config.expand * config.width
         self.blocks = nn.ModuleList(
             [Block(config.width, inner, config.directions, config.states, config.depth) for _ in range(config.depth)]

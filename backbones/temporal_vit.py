@@ -77,21 +77,24 @@ class TemporalViT(GridViT):
 
     def positions(self, grid: tuple[int, int, int, int], ctx: Context | None, batch: int, device: torch.device) -> Tensor:
         space_nd = self.sincos_positions(self.width - 3 * self.config.date_width, grid, device)
-        code_bf3 = self._codes(ctx, device)
+        code_bf3 = date_codes(None if ctx is None else ctx.time, self.config.frames, device)
         date = sincos(self.config.date_width, code_bf3.flatten()).float().view(*code_bf3.shape[:2], 1, -1)
         dates, frames = len(code_bf3), grid[0]
         space = space_nd.expand(dates, frames, -1, -1)
         return torch.cat([space, date.expand(-1, -1, len(space_nd), -1)], dim=3).flatten(1, 2)
 
-    def _codes(self, ctx: Context | None, device: torch.device) -> Tensor:
-        """(B or 1, frames, 3) year - 2002, month - 1, hour."""
-        if ctx is None or ctx.time is None:
-            frame = torch.arange(self.config.frames, device=device)
-            return torch.stack([frame * 0, frame * 0, frame], dim=1)[None]
-        if ctx.time.ndim == 3:
-            return ctx.time
-        year, month, _, hour = civil(ctx.time)
-        return torch.stack([year - FIRST_YEAR, month - 1, hour], dim=2)
+
+def date_codes(time: Tensor | None, frames: int, device: torch.device) -> Tensor:
+    """(B or 1, frames, 3) year - 2002, month - 1, hour of a context's time; where it is absent or NaN, frame f is hour f of the
+    first month."""
+    frame = torch.arange(frames, device=device)
+    absent_1f3 = torch.stack([frame * 0, frame * 0, frame], dim=1)[None]
+    if time is None:
+        return absent_1f3
+    if time.ndim == 3:
+        return time
+    year, month, _, hour = civil(time)
+    return torch.where(time.isnan()[..., None], absent_1f3, torch.stack([year - FIRST_YEAR, month - 1, hour], dim=2))
 
 
 def from_published(state: dict[str, Tensor], config: TemporalViTConfig) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def swath_step(recipe: Any, bands: int, size: int, batch: int) -> Callable[[prec
     backbone = base.create(**{"bands": bands, "image_size": size, **recipe.backbone})
     model = objective.build(task.pop("name"), backbone, (size, size), {"image": bands}, **task)
     optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
-    images = torch.randn(batch, bands, size, size)
+    images = torch.randn(batch, bands, size * model.scale, size * model.scale)
     ids = torch.arange(batch)
     visit = [0]
 

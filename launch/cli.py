@@ -1,6 +1,7 @@
 """The command `swath`. Exit codes: 0 done, 1 our fault, 2 the user's input, 85 stopped by a signal after saving."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -156,6 +157,17 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _objectives(args: argparse.Namespace) -> int:
+    from swath.launch.objectives import matrix, reasons, table
+
+    if args.json:
+        rows = matrix(args.name)
+        print(json.dumps(rows if args.name is None else rows[args.name], indent=2))
+    else:
+        print(table(matrix()) if args.name is None else reasons(args.name))
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from swath.launch.recipes import listing
     from swath.shards.recipes.registry import recipes
@@ -275,6 +287,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("backbone", type=Path, help="run folder, checkpoint or exported folder")
     p.add_argument("--to", type=Path, required=True)
     p.set_defaults(run=_export)
+
+    p = commands.add_parser("objectives", help="which objective trains which backbones, and why not the others")
+    p.add_argument("name", nargs="?", help="of an objective, for the reasons")
+    p.add_argument("--json", action="store_true", help="as JSON: why not, null where a pair can be trained")
+    p.set_defaults(run=_objectives)
 
     p = commands.add_parser("demo", help="the whole way on synthetic scenes, in minutes on two cores")
     p.add_argument("--out", type=Path, default=Path("out/demo"))

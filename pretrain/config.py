@@ -42,8 +42,8 @@ class DataSet(Section):
 class Data(Section):
     """Shards, and the order in which they are read. `train` is a folder (or s3://, gs://, https:// address) of shards, or a
     list of {path, weight}; `val` one or several. `modalities` of the samples, all by default. `size` is what the backbone sees;
-    the chips' own when null. With `clouds` the pixels under clouds and shadows count too. So many different damaged samples
-    as `skip_damaged` are gone past. Remote shards are kept in `cache_dir`, up to `cache_gb`.
+    the chips' own when null, unless train.stages says it. With `clouds` the pixels under clouds and shadows count too. So many
+    different damaged samples as `skip_damaged` are gone past. Remote shards are kept in `cache_dir`, up to `cache_gb`.
     """
 
     train: tuple[DataSet, ...] = Field(min_length=1)
@@ -70,13 +70,26 @@ class Data(Section):
         return () if value is None else (str(value),) if isinstance(value, str | Path) else value
 
 
+class Stage(Section):
+    """So many epochs of images of `size` pixels a side, at a rate of their own where one is given."""
+
+    size: int = Field(ge=1)
+    epochs: float = Field(gt=0)
+    lr_per_256: float | None = Field(default=None, gt=0)
+
+
 class Train(Section):
-    """Learning rates are per 256 samples of the global batch; the run's length is the shorter of epochs and max_steps."""
+    """Learning rates are per 256 samples of the global batch; the run's length is the shorter of epochs and max_steps.
+
+    `stages`, in place of epochs and of data.size, are trained one after the other in one run, each with a warm-up and a decay of
+    its own. Learned positions are exact at the size of the last one, whose weights are handed on, and interpolated before.
+    """
 
     global_batch: int = Field(default=256, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
+    stages: tuple[Stage, ...] | None = None
     lr_per_256: float = Field(default=1.5e-4, gt=0)
     min_lr_per_256: float = Field(default=0.0, ge=0)
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -144,14 +157,25 @@ def read_recipe(text: str, overrides: list[str], *, name: str) -> Recipe:
     except ValidationError as error:
         problems += [_explain(list(e["loc"]), e, _known_keys(Recipe)) for e in error.errors()]
         recipe = None
+    problems += [] if recipe is None else _contradictions(recipe)
     for section, registry in (("backbone", base.registry), ("objective", objective.registry)):
         options = raw.get(section)
         if isinstance(options, dict):
             problems += _component_problems(section, registry, options)
+    if recipe is not None and not problems:
+        problems += _pair_problems(recipe)
     if problems:
         raise InputError("\n".join(problems))
     assert recipe is not None
     return recipe
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What is said twice."""
+    if not recipe.train.stages:
+        return []
+    given = {"train.epochs": recipe.train.epochs, "data.size": recipe.data.size}
+    return [f"{key}: train.stages says it stage by stage; leave out one of them" for key in given if given[key] is not None]
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -192,6 +216,14 @@ def _component_problems(section: str, registry: base.Registry, options: dict[str
     except ValidationError as error:
         return [_explain([section, *e["loc"]], e, [f"{section}.{f}" for f in shape]) for e in error.errors()]
     return []
+
+
+def _pair_problems(recipe: Recipe) -> list[str]:
+    """Why the objective cannot train the backbone, as far as the recipe decides it."""
+    options = dict(recipe.backbone)
+    task, name = recipe.objective["name"], options.pop("name")
+    reason = objective.refused(task, name, options)
+    return [] if reason is None else [f"objective.name: {task} cannot train {name}: {reason}"]
 
 
 # Options that the engine fills in from the data: the number of bands, and the image size.

@@ -34,6 +34,8 @@ class Data:
                 known = self.contracts.setdefault(name, contract)
                 ours, remedy = self.data.train[0].path, "data sets of the same bands, or another name for this modality"
                 known.require(contract, ours=ours, theirs=str(reader.place), remedy=remedy)
+        # radar last, as a backbone has it that sees several modalities as one image
+        self.contracts = dict(sorted(self.contracts.items(), key=lambda item: item[1].is_radar))
         if new := self.contracts.keys() - {name for reader in self.readers for name in reader.contracts}:
             raise InputError(f"data.val has modality {', '.join(sorted(new))}, which data.train has not; leave it out")
         self.clear = (VALID_CLEAR, VALID_CLOUD, VALID_SHADOW) if data.clouds else (VALID_CLEAR,)

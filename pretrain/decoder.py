@@ -1,4 +1,5 @@
-"""The decoder of masked autoencoders: self-attention over what was seen and mask tokens at what was not (He et al. 2022).
+"""Decoders' parts: self-attention over what was seen and mask tokens at what was not (He et al. 2022), and blocks that only ask
+the encoder (Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders").
 
 Letters: b sample, n places of the grid, k seen, m masked, p prefix (class tokens), t = p + k + m, d width of the decoder.
 """
@@ -6,8 +7,8 @@ Letters: b sample, n places of the grid, k seen, m masked, p prefix (class token
 import torch
 from torch import Tensor, nn
 
-from swath.backbones.base import gather, sincos_grid
-from swath.backbones.vit import EPS, Block, init_weights
+from swath.backbones.base import Recomputed, gather, sincos_grid
+from swath.backbones.vit import EPS, Block, Mlp, attend, init_weights
 from swath.kernels.linear import Linear
 from swath.pretrain.masking import Grid, Mask, visible
 
@@ -58,6 +59,48 @@ class Decoder(nn.Module):
         if not everywhere:
             return x_btd
         return gather(x_btd, torch.cat([mask.seen_bk, mask.masked_bm], dim=1).argsort(dim=1))
+
+
+class CrossBlock(Recomputed):
+    """Pre-norm block whose queries attend to what was encoded, `inside` wide, and never to each other; then an MLP."""
+
+    def __init__(
+        self, inside: int, width: int, heads: int, mlp_ratio: float, eps: float = EPS, *, norm_keys: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_query = nn.LayerNorm(width, eps=eps)
+        self.norm_key = nn.LayerNorm(inside, eps=eps) if norm_keys else nn.Identity()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.q, self.kv, self.proj = Linear(width, width), Linear(inside, 2 * width), Linear(width, width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def compute(self, x_bmd: Tensor, key_btd: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B or 1, M, D) and (B, T, inside) → (B, M, D); mask (M, T) or (B, 1, M, T) bool, True where a query may look."""
+        shape = (self.heads, x_bmd.shape[2] // self.heads)
+        q_bhme = self.q(self.norm_query(x_bmd)).unflatten(2, shape).transpose(1, 2)
+        k_bhte, v_bhte = self.kv(self.norm_key(key_btd)).unflatten(2, (2, *shape)).permute(2, 0, 3, 1, 4)
+        y_bhme = attend(q_bhme.expand(len(key_btd), -1, -1, -1), k_bhte, v_bhte, mask)
+        x_bmd = x_bmd + self.proj(y_bhme.transpose(1, 2).flatten(2))
+        return x_bmd + self.mlp(self.norm(x_bmd))
+
+
+class Positions(nn.Module):
+    """Fixed positions of the raster, and a learned vector for each (date, group) of tokens where there are several."""
+
+    def __init__(self, width: int, grid: Grid) -> None:
+        super().__init__()
+        self.width = width
+        if grid[:2] != (1, 1):
+            self.group_embed = nn.Parameter(torch.zeros(grid[0] * grid[1], width))
+            nn.init.trunc_normal_(self.group_embed, std=0.02)
+
+    def forward(self, grid: Grid, device: torch.device) -> Tensor:
+        """(N, D) of all places of a grid."""
+        place_nd = raster_positions(self.width, grid, device)
+        if grid[:2] == (1, 1):
+            return place_nd
+        return (self.group_embed[:, None] + place_nd).flatten(0, 1)
 
 
 def at(position: Tensor, index_bk: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ def units(backbone: Backbone, height: int, width: int) -> Grid:
     return 1, 1, height // backbone.mask_unit, width // backbone.mask_unit
 
 
-def check_ratio(backbone: Backbone, size: tuple[int, int], mask_ratio: float) -> None:
+def check_ratio(backbone: Backbone, size: tuple[int, int], mask_ratio: float, shared: bool = False) -> None:
     """ValueError unless some tokens of an image of `size` stay and some go, and hidden pixels leave enough units."""
     grid = units(backbone, *size)
-    tokens = _choices(backbone, grid)
+    tokens = _choices(backbone, grid, shared)
     keep = kept(tokens, mask_ratio)
     if not 0 < keep < tokens:
         raise ValueError(f"mask_ratio {mask_ratio} keeps {keep} of {tokens} tokens; some must stay, some must go")
@@ -60,9 +60,9 @@ def check_ratio(backbone: Backbone, size: tuple[int, int], mask_ratio: float) ->
         )
 
 
-def _choices(backbone: Backbone, grid: Grid) -> int:
-    """What a mask chooses among: all tokens, or the positions alone where what is kept must be a product."""
-    return grid[2] * grid[3] * (1 if "product" in backbone.traits else grid[0] * grid[1])
+def _choices(backbone: Backbone, grid: Grid, shared: bool) -> int:
+    """What a mask chooses among: all tokens, or the positions alone where groups share them or must (a product)."""
+    return grid[2] * grid[3] * (1 if shared or "product" in backbone.traits else grid[0] * grid[1])
 
 
 def token_validity(valid_bthw: Tensor, grid: Grid) -> Tensor:
@@ -83,24 +83,29 @@ def random_mask(draw: Draws, tokens: int, keep: int, valid_bn: Tensor | None = N
     return order_bn[:, :keep].sort(dim=1).values, order_bn[:, keep:].sort(dim=1).values
 
 
-def mask_images(backbone: Backbone, images_bchw: Tensor, valid_bthw: Tensor | None, draw: Draws, mask_ratio: float) -> Mask:
-    """A random mask as the backbone can take one: of tokens, of positions for all groups alike (`product`), or of pixels."""
+def mask_images(
+    backbone: Backbone, images_bchw: Tensor, valid_bthw: Tensor | None, draw: Draws, mask_ratio: float, shared: bool = False
+) -> Mask:
+    """A random mask as the backbone can take one: of tokens, of positions for all groups alike (`product`, or with `shared`), or
+    of pixels."""
     grid = units(backbone, images_bchw.shape[2], images_bchw.shape[3])
     valid_bn = None if valid_bthw is None else token_validity(valid_bthw, grid)
     groups, per_group = grid[0] * grid[1], grid[2] * grid[3]
     product = "product" in backbone.traits
+    shared = shared or product
     chosen_bn = valid_bn
-    if product and valid_bn is not None:
+    if shared and valid_bn is not None:
         chosen_bn = valid_bn.unflatten(1, (groups, per_group)).all(dim=1)
-    count = _choices(backbone, grid)
+    count = _choices(backbone, grid, shared)
     keep = kept(count, mask_ratio)
     seen_bk, masked_bm = random_mask(draw, count, keep, chosen_bn)
     enough_b = None if chosen_bn is None else chosen_bn.sum(dim=1) > keep
-    told: Keep | None = seen_bk if "sparse" in backbone.traits else None
-    if product:
+    whole: Keep = seen_bk
+    if shared:
         every_bg = torch.arange(groups, device=seen_bk.device).expand(len(seen_bk), -1)
-        told = ProductKeep(every_bg, seen_bk)
-        seen_bk, masked_bm = places(told, grid), places(ProductKeep(every_bg, masked_bm), grid)
+        whole = ProductKeep(every_bg, seen_bk)
+        seen_bk, masked_bm = places(whole, grid), places(ProductKeep(every_bg, masked_bm), grid)
+    told = (whole if product else seen_bk) if "sparse" in backbone.traits else None
     return Mask(grid, seen_bk, masked_bm, told, enough_b, valid_bn)
 
 

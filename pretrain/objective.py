@@ -37,6 +37,16 @@ class Outcome:
     picture: Callable[[], dict[str, Tensor]] | None = None
 
 
+def of_samples(
+    parts: Mapping[str, tuple[float, Tensor]], weight_b: Tensor, modality: str, picture: Callable[[], dict[str, Tensor]]
+) -> Outcome:
+    """The outcome of a loss whose parts, name → (coefficient, mean (B,) within each sample), are weighted by samples."""
+    weight = weight_b.sum()
+    sums = {name: (error_b * weight_b).sum() for name, (_, error_b) in parts.items()}
+    numerator = torch.stack([parts[name][0] * amount for name, amount in sums.items()]).sum()
+    return Outcome(numerator, weight, {f"{name}/{modality}": (amount.detach(), weight) for name, amount in sums.items()}, picture)
+
+
 class Objective(nn.Module):
     """Base of every objective. `needs` names the traits that its backbone must have.
 
@@ -94,6 +104,24 @@ def build(name: str, backbone: Backbone, image_size: tuple[int, int], channels: 
             "name one in data.modalities, or train on one data set"
         )
     return entry.build(registry.configure(name, **options), backbone, image_size, channels)
+
+
+def refused(name: str, backbone: str, options: Mapping[str, Any]) -> str | None:
+    """Why objective `name` cannot train `backbone` with these options, whatever the data; None where it can, or where their bands
+    decide it, which `build` then says."""
+    bands = [options["bands"]] if "bands" in options else [backbones.entry(backbone).build.tiny["bands"], *range(1, 17)]
+    reason = None
+    for count in bands:
+        try:
+            with torch.device("meta"):
+                made = backbones.entry(backbone).build(backbones.configure(backbone, **{**options, "bands": count}))
+        except ValueError:
+            continue
+        refusal = registry.entry(name).build.refusal(made)
+        if refusal is None:
+            return None
+        reason = reason or refusal
+    return reason
 
 
 def pairs() -> dict[str, dict[str, str | None]]:

@@ -15,12 +15,13 @@ from swath.pretrain.masking import fill
 
 
 class PixelHead(nn.Module):
-    """`channels` of the image are behind each group of tokens. Groups of one size share a linear layer; else each has its own."""
+    """`channels` of the image are behind each group of tokens. Groups of one size share a linear layer, unless `shared` says no;
+    else each has its own."""
 
-    def __init__(self, width: int, channels: tuple[tuple[int, ...], ...], patch: int) -> None:
+    def __init__(self, width: int, channels: tuple[tuple[int, ...], ...], patch: int, shared: bool = True) -> None:
         super().__init__()
         self.channels, self.patch = channels, patch
-        self.shared = len({len(group) for group in channels}) == 1
+        self.shared = shared and len({len(group) for group in channels}) == 1
         heads = channels[:1] if self.shared else channels
         self.linear = nn.ModuleList([Linear(width, patch**2 * len(group)) for group in heads])
         init_weights(self)

@@ -30,10 +30,11 @@ from swath.pretrain import augment, checkpoint, cost, health, objective, precisi
 from swath.pretrain.config import Recipe, refuse_changes
 from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
-from swath.pretrain.optimizer import Schedule, adamw
+from swath.pretrain.optimizer import adamw
 from swath.pretrain.owner import Owner
 from swath.pretrain.pictures import sheet
 from swath.pretrain.record import Record, finite
+from swath.pretrain.stages import Stage, plan
 from swath.shards.bands import InputContract
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
@@ -68,11 +69,15 @@ class _Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.run = recipe, recipe.run.dir
         self.data = Data(recipe.data, recipe.run.seed)
-        self.size = self.data.size
         self.micro, self.accumulate = cut(recipe.train.global_batch, 1, recipe.train.micro_batch)
-        self.total = self._total_steps()
+        self.stages = plan(recipe.train, self.data)
+        self.stage = self.stages[0]  # of the step in hand, or of the last one that was done
+        self.total = self.stages[-1].last
         self.stored = self._stored()
         self.device = self._device()
+        with torch.device("meta"):  # a size that cannot be is refused now, not when its stage begins
+            for stage in self.stages[:-1]:
+                self._build(stage.size)
         self.chosen = self._choices()
         self.model = self._build().to(self.device)
         self.optimizer = adamw(self.model, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
@@ -81,20 +86,6 @@ class _Trainer:
         self.bad = 0
 
     # --- what is fixed before the first step ---
-
-    def _total_steps(self) -> int:
-        """floor(epochs · N / global batch), or fewer where max_steps says so."""
-        train, samples = self.recipe.train, self.data.samples
-        lengths = [] if train.epochs is None else [int(train.epochs * samples / train.global_batch)]
-        lengths += [] if train.max_steps is None else [train.max_steps]
-        if not lengths:
-            raise InputError("train.epochs or train.max_steps: one of them is needed")
-        if min(lengths) < 1:
-            raise InputError(
-                f"train.epochs {train.epochs:g} of {samples} samples are less than one step of train.global_batch "
-                f"{train.global_batch}; more epochs, or a batch of at most {max(1, int((train.epochs or 1) * samples))}, would do"
-            )
-        return min(lengths)
 
     def _stored(self) -> Path | None:
         """The checkpoint to continue from, after checking that this is the same run on the same data."""
@@ -121,15 +112,16 @@ class _Trainer:
             raise InputError("train.device is cuda, and torch sees no GPU here; train.device=cpu would do")
         return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
-    def _build(self) -> Objective:
-        """The model, initialised from the seed alone. Components refuse what cannot be, in one line."""
+    def _build(self, size: tuple[int, int] | None = None) -> Objective:
+        """The model, initialised from the seed alone, for images of `size`, of the last stage by default. Components refuse what
+        cannot be, in one line."""
         torch.manual_seed(self.recipe.run.seed)
         options = self.backbone_options()
         task = dict(self.recipe.objective)
         channels = {name: contract.channels for name, contract in self.data.contracts.items()}
         try:
             backbone = base.create(**options)
-            model = objective.build(task.pop("name"), backbone, self.size, channels, **task)
+            model = objective.build(task.pop("name"), backbone, size or self.stages[-1].size, channels, **task)
             if not model.takes_pairs and (pairs := next((r for r in self.data.readers if len(r.contracts) > 1), None)):
                 named = ", ".join(pairs.contracts)
                 raise ValueError(f"samples of {pairs.place} have {named}, and {self.recipe.objective['name']} takes one of them; "
@@ -144,18 +136,24 @@ class _Trainer:
 
     def backbone_options(self) -> dict[str, Any]:
         """The recipe's backbone with what the data decide: the number of bands, the size whose positions are exact, and where
-        the backbone asks for them the wavelengths (0 for a band without one) and the GSD of the pixels it sees."""
-        contract = self.data.contract
+        the backbone asks for them the wavelengths (0 for a band without one), the GSD of the pixels it sees, how many are radar.
+
+        Size and GSD are of the last stage: it is what is handed on, and its positions are to be learned, not interpolated."""
+        size, contracts = self.stages[-1].size, list(self.data.contracts.values())
+        one = len(contracts) == 1 or objective.registry.entry(self.recipe.objective["name"]).build.takes_pairs
         told: dict[str, Any] = {
-            "bands": max(c.channels for c in self.data.contracts.values()),
-            "image_size": max(self.size),
+            "bands": (sum if one else max)(contract.channels for contract in contracts),
+            "image_size": max(size),
         }
         known = {field.name for field in dataclasses.fields(base.registry.entry(self.recipe.backbone["name"]).config)}
-        if len(self.data.contracts) == 1:
-            if "wavelength_nm" in known and any(band.wavelength_nm for band in contract.bands):
-                told["wavelength_nm"] = tuple(band.wavelength_nm or 0.0 for band in contract.bands)
-            if "gsd_m" in known and contract.gsd_m and contract.height:
-                told["gsd_m"] = contract.gsd_m * contract.height / self.size[0]
+        if one:  # what it sees is one image
+            bands = [band for contract in contracts for band in contract.bands]
+            if "wavelength_nm" in known and any(band.wavelength_nm for band in bands):
+                told["wavelength_nm"] = tuple(band.wavelength_nm or 0.0 for band in bands)
+            if "gsd_m" in known and contracts[0].gsd_m and contracts[0].height:
+                told["gsd_m"] = contracts[0].gsd_m * contracts[0].height / size[0]
+            if "radar" in known:
+                told["radar"] = sum(contract.channels for contract in contracts if contract.is_radar)
         return {**told, **self.recipe.backbone}
 
     def _choices(self) -> dict[str, Any]:
@@ -170,13 +168,13 @@ class _Trainer:
             torch.set_num_threads(chosen["threads"])
             return chosen
         torch.set_num_threads(self.recipe.train.threads or torch.get_num_threads())
-        asked, gain, count = self.recipe.train.precision, None, 0
+        asked, gain = self.recipe.train.precision, None
         probe = self._build().to(self.device)
-        step = self._rehearsal(probe)
-        count = cost.flops(step)
+        steps = [self._rehearsal(probe, stage.size) for stage in self.stages]
+        flops = [cost.flops(step) for step in steps]  # a micro-batch that does not fit fails here, whichever stage it is of
         picked: precision.Precision
         if asked == "auto":
-            picked, gain = precision.choose(self.device, step)
+            picked, gain = precision.choose(self.device, steps[-1])
             log.info("precision auto: bf16 is %.2f times as fast here, training in %s", gain, picked)
         else:
             picked = asked
@@ -187,15 +185,15 @@ class _Trainer:
             "torch": torch.__version__,
             "machine": platform.machine(),
             "device": self.device.type,
-            "flops_per_sample": count / self.micro,
+            "flops_per_sample": [count / self.micro for count in flops],  # of each stage
             "peak_flops": cost.peak(self.device, picked),
         }
         write_json(path, chosen)
         return chosen
 
-    def _rehearsal(self, model: Objective) -> Any:
+    def _rehearsal(self, model: Objective, size: tuple[int, int]) -> Any:
         """One forward and backward pass on blank images, as large as a micro-batch."""
-        size = (self.size[0] * model.scale, self.size[1] * model.scale)
+        size = (size[0] * model.scale, size[1] * model.scale)
         contracts = self.data.contracts if model.takes_pairs else {self.data.contract.modality: self.data.contract}
         blank = {
             name: torch.zeros(self.micro, contract.channels, *size, device=self.device) for name, contract in contracts.items()
@@ -207,6 +205,11 @@ class _Trainer:
             model(batch, Draw(0, ids, ids)).numerator.backward()
 
         return step
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) that the backbone sees, in the stage that was reached."""
+        return self.stage.size
 
     @property
     def view_size(self) -> tuple[int, int]:
@@ -233,17 +236,11 @@ class _Trainer:
 
     def _steps(self, record: Record) -> None:
         train = self.recipe.train
-        rate = train.global_batch / 256
-        schedule = Schedule(
-            peak=train.lr_per_256 * rate,
-            final=train.min_lr_per_256 * rate,
-            warmup=min(train.warmup_epochs * self.data.samples / train.global_batch, self.total),
-            steps=self.total,
-        )
         log.info(
-            "%d steps of %d samples (%d samples in the data set), lr %.3g, %s on %s, micro-batch %d × %d",
-            self.total, train.global_batch, self.data.samples, schedule.peak, self.chosen["precision"], self.device,
-            self.micro, self.accumulate,
+            "%d steps of %d samples (%d samples in the data set), %s, %s on %s, micro-batch %d × %d",
+            self.total, train.global_batch, self.data.samples,
+            ", then ".join(str(stage) for stage in self.stages if stage.last > stage.first),
+            self.chosen["precision"], self.device, self.micro, self.accumulate,
         )  # fmt: skip
         log.info("operators: %s", dispatch.summary(self.device.type))
         batches = self.data.batches(
@@ -252,7 +249,7 @@ class _Trainer:
         waiting: dict[str, Any] | None = None  # a step's numbers are read one step later, so that the device never waits
         self.model.train()
         while self.step < self.total and not self.stopped:
-            row = self._one_step(batches, schedule)
+            row = self._one_step(batches)
             self.step += 1
             if waiting is not None:
                 self._write(record, waiting)
@@ -269,10 +266,11 @@ class _Trainer:
                 self._save()
         batches.close()  # type: ignore[attr-defined]
 
-    def _one_step(self, batches: Iterator[MicroBatch], schedule: Schedule) -> dict[str, Any]:
+    def _one_step(self, batches: Iterator[MicroBatch]) -> dict[str, Any]:
         """One update. Returns what is to be written, tensors still on the device."""
         began, waited = time.perf_counter(), 0.0
         self.model.progress = self.step / self.total
+        self.stage = self._stage_of(self.step)
         share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
         numerator, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         terms: dict[str, list[Tensor]] = {}
@@ -292,12 +290,13 @@ class _Trainer:
             for name, (amount, count) in outcome.terms.items():
                 amounts = terms.setdefault(name, [torch.zeros_like(amount), torch.zeros_like(count)])
                 terms[name] = [amounts[0] + amount, amounts[1] + count]
-        lr = schedule.lr(self.step)
+        lr = self.stage.lr(self.step)
         norm, skipped = self._update(numerator, weight, share, lr)
         self.model.after_step(skipped)
         return {
             "step": self.step + 1,
             "samples": (self.step + 1) * self.recipe.train.global_batch,
+            "stage": self.stage,
             "loss": numerator / weight,
             "lr": lr,
             "grad_norm": norm,
@@ -308,6 +307,9 @@ class _Trainer:
             "seconds": time.perf_counter() - began,
             "waited": waited,
         }
+
+    def _stage_of(self, step: int) -> Stage:
+        return next(stage for stage in self.stages if step < stage.last)
 
     def _update(self, numerator: Tensor, weight: Tensor, share: int, lr: float) -> tuple[Tensor, Tensor]:
         """The optimiser's step, skipped on the device where anything is not finite. Returns (gradient norm, skipped)."""
@@ -335,6 +337,7 @@ class _Trainer:
             "step": row["step"],
             "samples": row["samples"],
             "epoch": row["samples"] / self.data.samples,
+            "size": list(row["stage"].size),
             "loss": finite(float(row["loss"])),
             "lr": row["lr"],
             "seconds": row["seconds"],
@@ -342,7 +345,7 @@ class _Trainer:
             "terms": {name: finite(float(value)) for name, value in row["terms"].items()},
             "samples_per_second": speed,
             "data_wait": row["waited"] / row["seconds"],
-            "mfu": speed * self.chosen["flops_per_sample"] / self.chosen["peak_flops"],
+            "mfu": speed * self.chosen["flops_per_sample"][row["stage"].number] / self.chosen["peak_flops"],
             "skipped": skipped,
             "damaged_samples": len(self.data.skips),
         }
@@ -362,7 +365,11 @@ class _Trainer:
 
     def _check(self, record: Record) -> None:
         """Held-out loss, health, and pictures of what the objective makes now."""
-        row: dict[str, Any] = {"step": self.step, "held_out": self.data.held_out is not self.data.readers}
+        row: dict[str, Any] = {
+            "step": self.step,
+            "size": list(self.size),
+            "held_out": self.data.held_out is not self.data.readers,
+        }
         total: dict[str, list[float]] = {}
         looks: list[Features] = []
         pictures: dict[str, dict[str, Tensor]] = {}

@@ -80,6 +80,11 @@ class InputContract(Strict):
         """Of a sample: the bands of all dates."""
         return self.dates * len(self.bands)
 
+    @property
+    def is_radar(self) -> bool:
+        """SAR is told by its unit: backscatter, in dB or linear."""
+        return self.unit in ("dB", "linear power")
+
     def require(self, other: "InputContract", *, ours: str, theirs: str, remedy: str) -> None:
         """Raise InputError, both sides band by band, unless `other` means the same bands in the same order and unit.
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, sincos_grid
 from swath.backbones.vit import ViTConfig, check_table, from_published
-from swath.pretrain.decoder import Decoder, raster_positions
-from swath.pretrain.masking import Grid, Mask, check_ratio, encode, mask_images, token_weights, units
+from swath.pretrain.decoder import Decoder, Positions
+from swath.pretrain.masking import Mask, check_ratio, encode, mask_images, token_weights, units
 from swath.pretrain.objective import Draws, Objective, Outcome, context, register, seen_pixels
 from swath.pretrain.pixels import PixelHead
 from swath.shards.prepare import Batch
@@ -43,17 +43,14 @@ class MAE(Objective):
         super().__init__()
         self.config, self.backbone = config, backbone
         check_ratio(backbone, image_size, config.mask_ratio)
-        groups = units(backbone, *image_size)[:2]
-        width = config.decoder_width
+        grid, width = units(backbone, *image_size), config.decoder_width
         self.decoder = Decoder(backbone.width, width, config.decoder_depth, config.decoder_heads, config.mlp_ratio)
-        if groups != (1, 1):
-            self.group_embed = nn.Parameter(torch.zeros(groups[0] * groups[1], width))
-            nn.init.trunc_normal_(self.group_embed, std=0.02)
+        self.positions = Positions(width, grid)
         # a modality has a head of its own
         self.heads = nn.ModuleDict(
             {
                 name: PixelHead(
-                    width, backbone.channels if groups != (1, 1) else (tuple(range(count)),), backbone.mask_unit
+                    width, backbone.channels if grid[:2] != (1, 1) else (tuple(range(count)),), backbone.mask_unit
                 )
                 for name, count in channels.items()
             }
@@ -79,13 +76,6 @@ class MAE(Objective):
     def decode(self, prefix_bpd: Tensor, tokens_bkd: Tensor, mask: Mask, everywhere: bool = False) -> Tensor:
         """(B, M, D) decoder features at masked places; (B, N, D) in raster order with `everywhere`."""
         return self.decoder(prefix_bpd, tokens_bkd, mask, self.positions(mask.grid, tokens_bkd.device), None, everywhere)
-
-    def positions(self, grid: Grid, device: torch.device) -> Tensor:
-        """(N, D) of all places."""
-        place_nd = raster_positions(self.config.decoder_width, grid, device)
-        if grid[:2] == (1, 1):
-            return place_nd
-        return (self.group_embed[:, None] + place_nd).flatten(0, 1)
 
 
 def load_published(objective: MAE, backbone_config: ViTConfig, state: dict[str, Tensor]) -> None:

@@ -158,6 +158,17 @@ def test_context_is_added_to_every_token_and_dropped() -> None:
         informed(images, Context(lat=torch.zeros(3), lon=torch.zeros(3)))
 
 
+def test_encodings_of_another_width_are_those_of_a_wider_backbone() -> None:
+    """Half of each, so that a token is told the mean; in the weights' dtype."""
+    narrow, grid = small(radar=1), (1, 4, 2, 3)
+    ctx = Context(gsd_m=torch.tensor([5.0, 10.0]), wavelength_nm=torch.tensor([500.0, 600.0, 700.0, float("nan")]))
+    position_bnd, band_1cd = narrow.encodings(grid, ctx, torch.device("cpu"), 96)
+    wide = small(radar=1, width=96)
+    assert position_bnd.shape == (2, 6, 96) and band_1cd.shape == (1, 4, 96) and band_1cd.dtype == torch.float32
+    assert torch.equal(position_bnd, (wide.positions(grid, ctx.gsd_m, torch.device("cpu")) / 2).float())
+    assert torch.equal(band_1cd[0], (wide.wavelengths(ctx.wavelength_nm) / 2).float()) and not band_1cd[0, 3].any()
+
+
 def test_positions_are_metres_and_wavelengths_nanometres() -> None:
     backbone = small()
     cpu = torch.device("cpu")

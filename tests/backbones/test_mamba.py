@@ -163,6 +163,7 @@ def test_orders() -> None:
     assert visits(torch.tensor([[1, 0, 2]]), True, False).tolist() == [[2, 0, 1, 3]]
     assert small("mamba_tiny", cluster=1).ways(2, 3, CPU) is None
     # later clusters do not reach earlier ones: the column is causal in the order of clusters
+    assert "causal" in column.traits and "causal" not in transfer.traits | small("vim_tiny").traits
     images = torch.randn(1, 3, 32, 32)
     changed = images.clone()
     changed[:, :, 16:, :16] += 1.0

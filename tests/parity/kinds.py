@@ -13,7 +13,7 @@ from swath.kernels.scan import selective_scan
 from swath.pretrain.masking import Mask, encode, ids_restore, mask_images
 from swath.pretrain.objectives.mae import MAE, MAEConfig, load_published, published_name
 from swath.shards.prepare import Batch
-from tests.parity import kinds_less, kinds_mamba
+from tests.parity import kinds_hyper, kinds_less, kinds_mamba, kinds_roma, kinds_satmae, kinds_selective, kinds_spectralgpt
 from tests.parity.fixtures import Fixture, Replay
 
 Results = dict[str, Tensor | float]
@@ -153,4 +153,9 @@ KINDS: dict[str, Callable[[Fixture], Results]] = {
     "cross_scan": of_both(cross_scan),
     **kinds_mamba.KINDS,
     **kinds_less.KINDS,
+    **kinds_hyper.KINDS,
+    **kinds_roma.KINDS,
+    **kinds_satmae.KINDS,
+    **kinds_selective.KINDS,
+    **kinds_spectralgpt.KINDS,
 }

@@ -96,3 +96,21 @@ def test_damaged_samples_are_counted(tmp_path: Path):
     lines = go(tmp_path / "lenient", str(folder), "train.max_steps=3", "data.skip_damaged=2")
     assert [line["damaged_samples"] for line in lines][-1] == 2
     assert all(line["loss"] is not None for line in lines)
+
+
+def test_pairs_are_one_image_where_the_objective_takes_them(tmp_path: Path):
+    """Radar comes last whichever modality the shards name first, samples that lack one are trained on, and resuming is exact."""
+    radar = sensor("sentinel1", 2, wavelengths=False).model_copy(update={"unit": "dB"})
+    missing = {3: "sentinel1", 5: "sentinel2"}
+    pairs = make_sensor_shards(tmp_path / "pairs", radar, sensor("sentinel2", 5), missing=missing)
+    less = {"name": "less_small_patch16", "width": 24, "depth": 1, "heads": 2, "patch": 4, "channel_width": 3, "rank": 2}
+    task = {"name": "hyper_mae", "decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2, "decoder_channel_width": 3}
+    given = [f"backbone={less}", f"objective={task}", "health.every=4"]
+    lines = go(tmp_path / "run", str(pairs), "train.max_steps=8", *given)
+    assert set(lines[0]["terms"]) == {f"{kind}/{one}" for kind in ("places", "groups") for one in ("optical", "radar", "multi")}
+    loaded = load_backbone(tmp_path / "run")
+    assert loaded.options["bands"] == 7 and loaded.options["radar"] == 2
+    assert list(loaded.contracts) == ["sentinel2", "sentinel1"]
+    go(tmp_path / "cut", str(pairs), "train.max_steps=4", "checkpoint.every=2", *given)
+    again = go(tmp_path / "cut", str(pairs), "train.max_steps=8", "checkpoint.every=2", *given)
+    assert [line["terms"] for line in again] == [line["terms"] for line in lines]
