@@ -13,12 +13,13 @@ REPLICATES, SEED = 1000, 0
 @dataclass
 class Scores:
     """accuracy and the ends of its 95 % interval, shares of 1; confusion (C, C), rows are the truth; recall (C,), nan for
-    classes without a test sample; `settings` is what the probe chose or was given."""
+    classes without a test sample; correct (N,) bool, for paired comparisons; `settings` is what the probe chose or was given."""
 
     accuracy: float
     interval: tuple[float, float]
     recall: np.ndarray
     confusion: np.ndarray
+    correct: np.ndarray
     settings: dict
 
 
@@ -28,11 +29,11 @@ def score(label: np.ndarray, predicted: np.ndarray, block: np.ndarray, classes: 
     with np.errstate(invalid="ignore"):
         recall = np.diag(confusion) / confusion.sum(axis=1)
     correct = label == predicted
-    return Scores(float(correct.mean()), interval(correct, block), recall, confusion, settings)
+    return Scores(float(correct.mean()), interval(correct, block), recall, confusion, correct, settings)
 
 
 def interval(correct: np.ndarray, block: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean of `correct` (N,) bool.
+    """95 % percentile bootstrap of the mean of `correct` (N,) bool, or of any number per sample.
 
     Neighbours are not independent, so whole blocks are drawn; a sample with block -1 stands for itself.
     """
