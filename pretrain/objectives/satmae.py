@@ -47,7 +47,7 @@ class SatMAEConfig:
     group_width: int = 128
     date_width: int = 64
     normalise_patches: bool = False
-    compat: Literal["none", "order"] = "none"
+    compat: Literal["order"] | None = None
 
 
 @register(SatMAEConfig, {"satmae": {}})
@@ -141,7 +141,7 @@ def refused_product(backbone: Backbone) -> str | None:
     return None
 
 
-def check_compat(compat: str, grid: Grid) -> None:
+def check_compat(compat: str | None, grid: Grid) -> None:
     if compat == "order" and (grid[0] > 1 or grid[1] == 1):
         raise ValueError("compat: order is about the bands of several groups at one date, which this backbone does not have")
 
@@ -192,7 +192,7 @@ def per_group(head: PixelHead, x_bnd: Tensor) -> list[Tensor]:
     return [linear(part_bnd) for linear, part_bnd in zip(head.linear, x_bnd.chunk(len(head.channels), dim=1), strict=True)]
 
 
-def image_of(made: list[Tensor], head: PixelHead, grid: Grid, compat: str = "none") -> Tensor:
+def image_of(made: list[Tensor], head: PixelHead, grid: Grid, compat: str | None = None) -> Tensor:
     """(B, C, H, W) from predictions of each (date, group). With `compat` order, channels are as groups give them."""
     layout = {"h": grid[2], "w": grid[3], "p": head.patch, "q": head.patch}
     parts = [rearrange(part_bnv, "b (h w) (p q c) -> b c (h p) (w q)", **layout) for part_bnv in made]
@@ -276,7 +276,7 @@ def load_published(objective: SatMAE, state: dict[str, Tensor]) -> None:
 
 def from_published(
     state: dict[str, Tensor], backbone: Backbone, head: PixelHead, head_name: str, width: int, group_width: int, date_width: int,
-    compat: str,
+    compat: str | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Our parameters of encoder, decoder and head from published ones, whose tables must be those that we compute."""
     order = list(chain(*head.channels))

@@ -53,7 +53,7 @@ class SatMAEPPConfig:
     pixel_weight: float = 0.6
     scale_weight: float = 0.4
     masked_only: bool = False
-    compat: Literal["none", "order"] = "none"
+    compat: Literal["order"] | None = None
 
 
 class UpBlock(Recomputed):

@@ -205,7 +205,7 @@ def test_nodata_constant_and_single_samples() -> None:
 
 @pytest.mark.parametrize("size", [(24, 40), (8, 48), (64, 16)])
 def test_sizes(size: tuple[int, int]) -> None:
-    for compat in ("none", "order"):
+    for compat in (None, "order"):
         objective, images = of_groups(compat=compat), torch.randn(2, 6, *size)
         outcome = objective(*batch_of(images))
         outcome.numerator.backward()

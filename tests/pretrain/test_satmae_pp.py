@@ -109,7 +109,7 @@ def test_every_scale_is_predicted_where_it_stands() -> None:
 
 
 def test_bands_enter_the_blocks_in_their_place() -> None:
-    for compat, order in (("none", [0, 1, 2, 3, 4]), ("order", [0, 2, 3, 1, 4])):
+    for compat, order in ((None, [0, 1, 2, 3, 4]), ("order", [0, 2, 3, 1, 4])):
         objective = model(compat=compat)
         for linear, group in zip(objective.heads["image"].linear, GROUPS, strict=True):  # type: ignore[arg-type, union-attr]
             torch.nn.init.zeros_(linear.weight)
@@ -123,7 +123,7 @@ def test_bands_enter_the_blocks_in_their_place() -> None:
         assert torch.equal(made[0], value.expand_as(made[0]))
         constant = (torch.arange(5) + 1.0)[None, :, None, None].expand(2, 5, 64, 64)
         pixels, _ = objective(*batch_of(constant)).terms["pixels/image"]
-        assert (pixels == 0) == (compat == "none")
+        assert (pixels == 0) == (compat is None)
 
 
 def test_the_masked_area_alone() -> None:
