@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import swath
 from swath.shards.bands import Unit
-from swath.shards.errors import InputError
+from swath.shards.errors import Elsewhere, InputError
 
 if TYPE_CHECKING:
     from swath.shards.sources.match import Dates, Pairs
 
 STOPPED = 85
+SBATCH = ("partition", "account", "qos", "constraint", "exclude")  # options of sbatch that swath launch slurm names itself
+RANK = int(os.environ.get("RANK", "0"))  # of the processes that torchrun started
 
 
 def _scenes(args: argparse.Namespace) -> int:
@@ -119,10 +121,40 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     text, name = find(args.recipe)
     result = pretrain(read_recipe(text, args.overrides, name=name))
-    if result.stopped and result.step < result.total:
+    stopped = result.stopped and result.step < result.total
+    if RANK == 0 and stopped:
         print(f"stopped after step {result.step} of {result.total}; the same command continues it")
-        return STOPPED
-    print(f"{result.step} steps done; report: {write_report(result.run)}")
+    elif RANK == 0:
+        print(f"{result.step} steps done; report: {write_report(result.run)}")
+    return STOPPED if stopped else 0
+
+
+def _launch_local(args: argparse.Namespace) -> int:
+    from swath.launch.jobs.local import launch_local
+
+    return launch_local(args.recipe, args.overrides, args.processes)
+
+
+def _launch_slurm(args: argparse.Namespace) -> int:
+    from swath.launch.jobs.slurm import plan, submit, write
+
+    common = [f"{name}={getattr(args, name)}" for name in SBATCH if getattr(args, name) is not None]
+    job, recipe = plan(
+        args.recipe, args.overrides, nodes=args.nodes, gpus=args.gpus_per_node, processes=args.processes_per_node, time=args.time,
+        stop_before=args.stop_before, mode=args.mode, options=[*common, *args.sbatch], env=args.env, container=args.container,
+        venv=args.venv,
+    )  # fmt: skip
+    write(job, recipe)
+    print(job.script)
+    if not args.dry_run:
+        print(f"job {submit(job)} submitted; swath launch status {job.run} says where it stands")
+    return 0
+
+
+def _launch_status(args: argparse.Namespace) -> int:
+    from swath.launch.jobs.status import status
+
+    print(status(args.folder))
     return 0
 
 
@@ -273,6 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=shards/train train.epochs=10")
     p.set_defaults(run=_pretrain)
 
+    _add_launch(commands.add_parser("launch", help="train with many processes here, or as jobs of a SLURM cluster"))
+
     p = commands.add_parser("probe", help="how good are frozen features")
     p.add_argument("task", choices=["knn", "linear"])
     p.add_argument("backbone", type=Path, help="run folder, checkpoint or exported folder")
@@ -288,17 +322,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--to", type=Path, required=True)
     p.set_defaults(run=_export)
 
-    p = commands.add_parser("objectives", help="which objective trains which backbones, and why not the others")
-    p.add_argument("name", nargs="?", help="of an objective, for the reasons")
-    p.add_argument("--json", action="store_true", help="as JSON: why not, null where a pair can be trained")
-    p.set_defaults(run=_objectives)
-
     p = commands.add_parser("demo", help="the whole way on synthetic scenes, in minutes on two cores")
     p.add_argument("--out", type=Path, default=Path("out/demo"))
     p.set_defaults(run=_demo)
 
     commands.add_parser("doctor", help="what this machine has, and what swath will use").set_defaults(run=_doctor)
     commands.add_parser("recipes", help="shipped recipes, and published data sets of known layout").set_defaults(run=_recipes)
+
+    p = commands.add_parser("objectives", help="which objective trains which backbones, and why not the others")
+    p.add_argument("name", nargs="?", help="of an objective, for the reasons")
+    p.add_argument("--json", action="store_true", help="as JSON: why not, null where a pair can be trained")
+    p.set_defaults(run=_objectives)
 
     p = commands.add_parser("index", help="rebuild the index of a folder of shards")
     p.add_argument("folder", type=Path)
@@ -312,17 +346,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
+
+    p = places.add_parser("local", help="the processes of this machine, started as torchrun does")
+    p.add_argument("recipe", help="see swath pretrain")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--processes", type=int, help="how many (one per GPU, or one)")
+    p.set_defaults(run=_launch_local)
+
+    p = places.add_parser("slurm", help="a batch script in the run folder, checked and submitted")
+    p.add_argument("recipe", help="see swath pretrain")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--nodes", type=int, default=1)
+    p.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one process for each (0: nodes without GPUs)")
+    p.add_argument("--processes-per-node", type=int, metavar="N", help="where it is not one for each GPU")
+    p.add_argument("--time", required=True, help="limit of one job: 24:00:00, 2-12 (days-hours)")
+    p.add_argument("--stop-before", type=int, default=300, metavar="S", help="seconds before the limit at which it saves (300)")
+    p.add_argument("--continue", dest="mode", choices=["requeue", "chain"], default="requeue",
+                   help="how a run goes on after its job: the same again, or the next, where requeue is disabled")  # fmt: skip
+    for name in SBATCH:
+        p.add_argument(f"--{name}", help="as for sbatch")
+    p.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other option of sbatch: mem=100G")
+    p.add_argument("--env", action="append", default=[], metavar="NAME", help="a variable that jobs get too; not its value")
+    s = p.add_mutually_exclusive_group()
+    s.add_argument("--container", type=Path, metavar="IMAGE", help="of Apptainer or Singularity, with swath in it")
+    s.add_argument("--venv", type=Path, metavar="DIR", help="seen by all nodes (the Python that runs this command)")
+    p.add_argument("--dry-run", action="store_true", help="write and check the script, submit nothing")
+    p.set_defaults(run=_launch_slurm)
+
+    p = places.add_parser("status", help="queue, step, speed, last checkpoint, last error")
+    p.add_argument("folder", type=Path, metavar="RUN")
+    p.set_defaults(run=_launch_status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     # read when torch is first imported, below; threads that spin while they wait make a shared machine several times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("swath").setLevel(logging.INFO)
-    args = _parser().parse_args(argv)
+    logging.basicConfig(format=f"rank {RANK}: %(message)s" if RANK else "%(message)s", level=logging.WARNING)
+    logging.getLogger("swath").setLevel(logging.WARNING if RANK else logging.INFO)
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if more and (not hasattr(args, "overrides") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # key=value after an option
+        args.overrides += more
     try:
         return args.run(args)
     except InputError as error:
-        print(f"swath {args.command}: {error}", file=sys.stderr)
+        if not isinstance(error, Elsewhere):
+            print(f"swath {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"swath {args.command}: interrupted; the same command continues", file=sys.stderr)

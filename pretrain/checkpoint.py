@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from swath.pretrain.world import ALONE, World
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
 
@@ -82,17 +84,24 @@ def name_of(step: int) -> str:
 
 
 def save(
-    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, permanent_every: int | None
-) -> None:
-    """Write the checkpoint of `step`, move `latest` to it, remove those that are neither among `keep` nor permanent."""
+    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], world: World = ALONE, *, keep: int,
+    permanent_every: int | None,
+) -> None:  # fmt: skip
+    """Write the checkpoint of `step`, move `latest` to it, remove those that are neither among `keep` nor permanent.
+
+    Each rank writes its share of the tensors; rank 0 does everything else.
+    """
     folder = run / FOLDER
     final, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
-    with disk_errors("writing a checkpoint", folder):
+
+    @disk_errors("writing a checkpoint", folder)
+    def begin() -> None:
         folder.mkdir(exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with _one_process():
-            dcp.save(dict(tensors), storage_writer=_Writer(partial / "tensors"), no_dist=True)
+
+    @disk_errors("writing a checkpoint", folder)
+    def finish() -> None:
         write_json(partial / "state.json", state)
         write_json(partial / "files.json", {name: _measure(partial / name) for name in _files(partial)})
         write_bytes(partial / COMPLETE, b"")
@@ -104,6 +113,14 @@ def save(
         for old in _steps(folder)[:-keep]:
             if old != step and not (permanent_every and old % permanent_every == 0):
                 shutil.rmtree(folder / name_of(old))
+
+    world.first(begin)
+    with disk_errors("writing a checkpoint", folder), _one_process():
+        try:
+            dcp.save(dict(tensors), storage_writer=_Writer(partial / "tensors"), no_dist=world.size == 1)
+        except CheckpointException as error:  # of all ranks; the first one's own says more
+            raise next(iter(error.failures.values()))[0] from None
+    world.first(finish)
 
 
 @contextmanager
@@ -168,14 +185,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
+def load_into(path: Path, tensors: dict[str, Tensor], world: World = ALONE) -> None:
     """Fill `tensors` in place from a checkpoint folder; InputError unless names and shapes are the same."""
     shapes = _shapes(path)
     wrong = sorted(n for n in shapes.keys() | tensors.keys() if n not in tensors or shapes.get(n) != tensors[n].shape)
     if wrong:
         raise InputError(f"checkpoint {path} does not fit this model: {', '.join(wrong[:5])} differ ({len(wrong)} in all)")
     with _one_process():
-        dcp.load(dict(tensors), storage_reader=_Reader(path / "tensors"), no_dist=True)
+        dcp.load(dict(tensors), storage_reader=_Reader(path / "tensors"), no_dist=world.size == 1)
 
 
 def _shapes(path: Path) -> dict[str, torch.Size]:

@@ -99,6 +99,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     activation_checkpointing: bool = False
     max_bad_steps: int = Field(default=10, ge=1)
@@ -136,7 +137,7 @@ class Recipe(Section):
 
 # What may differ when a run is continued (DESIGN §2.8); anything else would make it another run.
 MAY_CHANGE = (
-    "train.epochs", "train.max_steps", "train.micro_batch", "checkpoint.",
+    "train.epochs", "train.max_steps", "train.micro_batch", "train.strategy", "checkpoint.",
     "data.workers", "data.skip_damaged", "data.cache_dir", "data.cache_gb",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from swath.pretrain import config
+from swath.pretrain.world import ALONE, World
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.loader import Loader, MicroBatch
@@ -85,12 +86,14 @@ class Data:
             raise InputError("data.train: either all data sets have a weight, or none has")
         return Mixture(orders, [weight for weight in weights if weight is not None])
 
-    def batches(self, *, global_batch: int, micro_batch: int, step: int, device: torch.device) -> Iterator[MicroBatch]:
-        """Micro-batches from global batch `step` on, for ever; closing it ends its threads."""
+    def batches(
+        self, *, global_batch: int, micro_batch: int, step: int, device: torch.device, world: World = ALONE
+    ) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from global batch `step` on, for ever; closing it ends its threads."""
         remote = any(is_remote(one.path) for one in self.data.train)
         loader = Loader(
             self.readers, self.stream(), global_batch=global_batch, micro_batch=micro_batch, step=step,
-            workers=self.data.workers, pin=device.type == "cuda",
+            rank=world.rank, world_size=world.size, workers=self.data.workers, pin=device.type == "cuda",
             # shards of the next window are fetched while this one is trained on
             upcoming=self._prefetch if remote else None, ahead=-(-self.data.window // global_batch),
         )  # fmt: skip

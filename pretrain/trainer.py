@@ -7,11 +7,13 @@ Order, views and masks are pure functions of the position, so a run that was kil
 """
 
 import dataclasses
+import json
 import logging
 import platform
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,10 +25,9 @@ import yaml
 from torch import Tensor
 
 import swath
-from swath.backbones import base
 from swath.backbones.base import Features
 from swath.kernels import dispatch
-from swath.pretrain import augment, checkpoint, cost, health, objective, precision
+from swath.pretrain import augment, build, checkpoint, cost, health, precision
 from swath.pretrain.config import Recipe, refuse_changes
 from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
@@ -35,13 +36,15 @@ from swath.pretrain.owner import Owner
 from swath.pretrain.pictures import sheet
 from swath.pretrain.record import Record, finite
 from swath.pretrain.stages import Stage, plan
+from swath.pretrain.strategy import strategy
+from swath.pretrain.world import World
 from swath.shards.bands import InputContract
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, write_bytes, write_json
 from swath.shards.loader import MicroBatch
 from swath.shards.order import cut
-from swath.shards.prepare import Batch, prepare
+from swath.shards.prepare import prepare
 
 log = logging.getLogger("swath")
 
@@ -57,37 +60,80 @@ class Result:
 
 
 def pretrain(recipe: Recipe) -> Result:
-    """Train, or continue, the run of `recipe` until its end or until a signal asks to stop."""
-    run = recipe.run.dir
-    with disk_errors("writing the run", run):
+    """Train, or continue, the run of `recipe` until its end or until a signal asks to stop; with the other processes, where
+    torchrun started this one."""
+    kind = _device(recipe.train.device)
+    world = World.join(kind)
+    try:
+        world.first(lambda: _examine(recipe, world))
+        with disk_errors("writing the run", recipe.run.dir), _owned(recipe.run.dir, world):
+            return _Trainer(recipe, world, kind).train()
+    finally:
+        world.leave()
+
+
+def _examine(recipe: Recipe, world: World) -> None:
+    """What cannot be is refused by one rank, once, before any of them begins."""
+    data = Data(recipe.data, recipe.run.seed)
+    try:
+        _cut(recipe, world)
+        stages = plan(recipe.train, data)
+        with torch.device("meta"):  # every stage's size now, not when the stage begins
+            for stage in stages:
+                build.model(recipe, data, stage.size, stages[-1].size)
+    finally:
+        data.close()
+
+
+def _cut(recipe: Recipe, world: World) -> tuple[int, int]:
+    train, lanes = recipe.train, recipe.data.lanes
+    return cut(train.global_batch, world.size, train.micro_batch, lanes=lanes, nodes=world.nodes)
+
+
+@contextmanager
+def _owned(run: Path, world: World) -> Iterator[None]:
+    """The run is this world's while inside; rank 0 holds the lease."""
+    lease = ExitStack()
+
+    def take() -> None:
         run.mkdir(parents=True, exist_ok=True)
-        with Owner(run):
-            return _Trainer(recipe).train()
+        lease.enter_context(Owner(run))
+
+    with lease:
+        world.first(take)
+        yield
+
+
+def _device(asked: str) -> str:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device is cuda, and torch sees no GPU here; train.device=cpu would do")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 class _Trainer:
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.run = recipe, recipe.run.dir
+    def __init__(self, recipe: Recipe, world: World, kind: str) -> None:
+        self.recipe, self.run, self.world = recipe, recipe.run.dir, world
         self.data = Data(recipe.data, recipe.run.seed)
-        self.micro, self.accumulate = cut(recipe.train.global_batch, 1, recipe.train.micro_batch)
+        self.micro, self.accumulate = _cut(recipe, world)
         self.stages = plan(recipe.train, self.data)
         self.stage = self.stages[0]  # of the step in hand, or of the last one that was done
         self.total = self.stages[-1].last
-        self.stored = self._stored()
-        self.device = self._device()
-        with torch.device("meta"):  # a size that cannot be is refused now, not when its stage begins
-            for stage in self.stages[:-1]:
-                self._build(stage.size)
-        self.chosen = self._choices()
-        self.model = self._build().to(self.device)
+        stored = world.first(self._stored)
+        self.stored = None if stored is None else Path(stored)
+        self.device = world.device(kind)
+        self.chosen = world.first(self._choices)
+        self._heed(self.chosen)
+        self.model = self._build()
+        unused = self.chosen["unused_weights"] or len(self.data.contracts) > 1
+        self.strategy = strategy(recipe.train.strategy, self.model, world, self.device, unused=unused)
         self.optimizer = adamw(self.model, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
         self.step = 0
-        self.stopped = False
+        self.asked = self.stopped = False  # to stop, by a signal to this rank; and all ranks have agreed to
         self.bad = 0
 
     # --- what is fixed before the first step ---
 
-    def _stored(self) -> Path | None:
+    def _stored(self) -> str | None:
         """The checkpoint to continue from, after checking that this is the same run on the same data."""
         latest = checkpoint.find_latest(self.run, mend=True)
         resolved = self.run / "recipe.yaml"
@@ -104,73 +150,21 @@ class _Trainer:
             if trained != self.data.contracts or state["shards"] != self.data.shards:
                 raise InputError(f"{where} is not the data that {latest} was trained on; {remedy}")
         write_bytes(resolved, yaml.safe_dump(self.recipe.resolved(), sort_keys=False).encode())
-        return latest
+        return None if latest is None else str(latest)
 
-    def _device(self) -> torch.device:
-        asked = self.recipe.train.device
-        if asked == "cuda" and not torch.cuda.is_available():
-            raise InputError("train.device is cuda, and torch sees no GPU here; train.device=cpu would do")
-        return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-    def _build(self, size: tuple[int, int] | None = None) -> Objective:
-        """The model, initialised from the seed alone, for images of `size`, of the last stage by default. Components refuse what
-        cannot be, in one line."""
-        torch.manual_seed(self.recipe.run.seed)
-        options = self.backbone_options()
-        task = dict(self.recipe.objective)
-        channels = {name: contract.channels for name, contract in self.data.contracts.items()}
-        try:
-            backbone = base.create(**options)
-            model = objective.build(task.pop("name"), backbone, size or self.stages[-1].size, channels, **task)
-            if not model.takes_pairs and (pairs := next((r for r in self.data.readers if len(r.contracts) > 1), None)):
-                named = ", ".join(pairs.contracts)
-                raise ValueError(f"samples of {pairs.place} have {named}, and {self.recipe.objective['name']} takes one of them; "
-                                 "name it in data.modalities")  # fmt: skip
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        for block in model.blocks():
-            block.recompute = self.recipe.train.activation_checkpointing
-            if self.recipe.train.compile:
-                block.compile()
-        return model
-
-    def backbone_options(self) -> dict[str, Any]:
-        """The recipe's backbone with what the data decide: the number of bands, the size whose positions are exact, and where
-        the backbone asks for them the wavelengths (0 for a band without one), the GSD of the pixels it sees, how many are radar.
-
-        Size and GSD are of the last stage: it is what is handed on, and its positions are to be learned, not interpolated."""
-        size, contracts = self.stages[-1].size, list(self.data.contracts.values())
-        one = len(contracts) == 1 or objective.registry.entry(self.recipe.objective["name"]).build.takes_pairs
-        told: dict[str, Any] = {
-            "bands": (sum if one else max)(contract.channels for contract in contracts),
-            "image_size": max(size),
-        }
-        known = {field.name for field in dataclasses.fields(base.registry.entry(self.recipe.backbone["name"]).config)}
-        if one:  # what it sees is one image
-            bands = [band for contract in contracts for band in contract.bands]
-            if "wavelength_nm" in known and any(band.wavelength_nm for band in bands):
-                told["wavelength_nm"] = tuple(band.wavelength_nm or 0.0 for band in bands)
-            if "gsd_m" in known and contracts[0].gsd_m and contracts[0].height:
-                told["gsd_m"] = contracts[0].gsd_m * contracts[0].height / size[0]
-            if "radar" in known:
-                told["radar"] = sum(contract.channels for contract in contracts if contract.is_radar)
-        return {**told, **self.recipe.backbone}
+    def _build(self) -> Objective:
+        size = self.stages[-1].size
+        return build.model(self.recipe, self.data, size, size).to(self.device)
 
     def _choices(self) -> dict[str, Any]:
         """What `auto` came to, and the threads: decided at the first start, kept in choices.json, used ever after."""
         path = self.run / "choices.json"
         if path.exists():
-            chosen = yaml.safe_load(path.read_text())
-            here = {"torch": torch.__version__, "machine": platform.machine(), "device": self.device.type}
-            moved = [f"{k} {chosen[k]} then, {v} now" for k, v in here.items() if chosen[k] != v]
-            if moved:
-                log.warning("losses will not repeat bit for bit: %s", "; ".join(moved))
-            torch.set_num_threads(chosen["threads"])
-            return chosen
+            return json.loads(path.read_text())
         torch.set_num_threads(self.recipe.train.threads or torch.get_num_threads())
         asked, gain = self.recipe.train.precision, None
-        probe = self._build().to(self.device)
-        steps = [self._rehearsal(probe, stage.size) for stage in self.stages]
+        probe = self._build()
+        steps = [build.rehearsal(probe, self.data, stage.size, self.micro, self.device) for stage in self.stages]
         flops = [cost.flops(step) for step in steps]  # a micro-batch that does not fit fails here, whichever stage it is of
         picked: precision.Precision
         if asked == "auto":
@@ -187,24 +181,17 @@ class _Trainer:
             "device": self.device.type,
             "flops_per_sample": [count / self.micro for count in flops],  # of each stage
             "peak_flops": cost.peak(self.device, picked),
+            "unused_weights": any(p.requires_grad and p.grad is None for p in probe.parameters()),
         }
         write_json(path, chosen)
         return chosen
 
-    def _rehearsal(self, model: Objective, size: tuple[int, int]) -> Any:
-        """One forward and backward pass on blank images, as large as a micro-batch."""
-        size = (size[0] * model.scale, size[1] * model.scale)
-        contracts = self.data.contracts if model.takes_pairs else {self.data.contract.modality: self.data.contract}
-        blank = {
-            name: torch.zeros(self.micro, contract.channels, *size, device=self.device) for name, contract in contracts.items()
-        }
-        ids = torch.arange(self.micro, device=self.device)
-        batch = Batch(blank, {}, ids, torch.zeros_like(ids), torch.ones(self.micro, device=self.device))
-
-        def step() -> None:
-            model(batch, Draw(0, ids, ids)).numerator.backward()
-
-        return step
+    def _heed(self, chosen: dict[str, Any]) -> None:
+        here = {"torch": torch.__version__, "machine": platform.machine(), "device": self.device.type}
+        moved = [f"{k} {chosen[k]} then, {v} now" for k, v in here.items() if chosen[k] != v]
+        if moved:
+            log.warning("losses will not repeat bit for bit: %s", "; ".join(moved))
+        torch.set_num_threads(chosen["threads"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -220,31 +207,33 @@ class _Trainer:
 
     def train(self) -> Result:
         self._restore()
-        record = Record(self.run, self.step, self.total)
+        record = Record(self.run, self.step, self.total) if self.world.rank == 0 else None
         previous = self._catch_signals()
         try:
-            if self.step == 0 and not record.looks:
+            if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
                 self._check(record)
             if self.step < self.total:
                 self._steps(record)
         finally:
-            record.close()
+            if record is not None:
+                record.close()
             self.data.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return Result(self.run, self.step, self.total, self.stopped)
 
-    def _steps(self, record: Record) -> None:
+    def _steps(self, record: Record | None) -> None:
         train = self.recipe.train
         log.info(
-            "%d steps of %d samples (%d samples in the data set), %s, %s on %s, micro-batch %d × %d",
+            "%d steps of %d samples (%d samples in the data set), %s, %s on %s, micro-batch %d × %d%s",
             self.total, train.global_batch, self.data.samples,
             ", then ".join(str(stage) for stage in self.stages if stage.last > stage.first),
             self.chosen["precision"], self.device, self.micro, self.accumulate,
+            f", {train.strategy} on {self.world.size} ranks" if self.world.size > 1 else "",
         )  # fmt: skip
         log.info("operators: %s", dispatch.summary(self.device.type))
         batches = self.data.batches(
-            global_batch=train.global_batch, micro_batch=self.micro, step=self.step, device=self.device
+            global_batch=train.global_batch, micro_batch=self.micro, step=self.step, device=self.device, world=self.world
         )  # fmt: skip
         waiting: dict[str, Any] | None = None  # a step's numbers are read one step later, so that the device never waits
         self.model.train()
@@ -272,10 +261,9 @@ class _Trainer:
         self.model.progress = self.step / self.total
         self.stage = self._stage_of(self.step)
         share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
-        numerator, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        terms: dict[str, list[Tensor]] = {}
+        sums: dict[str, Tensor] = {}  # over micro-steps, then over ranks
         ids = []
-        for _ in range(self.accumulate):
+        for number in range(self.accumulate):
             start = time.perf_counter()
             chips = next(batches).chips.to(self.device)
             waited += time.perf_counter() - start
@@ -283,16 +271,24 @@ class _Trainer:
             draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
             view = augment.view(self.recipe.data.augment, draw, next(iter(chips.stored.values())).size)
             batch = prepare(chips, self.data.contracts_of(chips), self.view_size, view, self.data.clear)
-            with precision.autocast(self.chosen["precision"], self.device):
-                outcome = self.model(batch, draw)
-            (outcome.numerator / share).backward()
-            numerator, weight = numerator + outcome.numerator.detach(), weight + outcome.weight
-            for name, (amount, count) in outcome.terms.items():
-                amounts = terms.setdefault(name, [torch.zeros_like(amount), torch.zeros_like(count)])
-                terms[name] = [amounts[0] + amount, amounts[1] + count]
+            with self.strategy.exchange(number == self.accumulate - 1):
+                with precision.autocast(self.chosen["precision"], self.device):
+                    outcome = self.strategy.forward(batch, draw)
+                (outcome.numerator / share).backward()
+            terms = {"": (outcome.numerator.detach(), outcome.weight), **outcome.terms}
+            for name, amounts in terms.items():
+                amounts = torch.stack([amount.float() for amount in amounts])
+                sums[name] = sums[name] + amounts if name in sums else amounts
+        # one exchange of all numbers; the last tell how many ranks want to stop, and how many samples were gone past
+        extra = torch.tensor([float(self.asked), float(len(self.data.skips))], device=self.device)
+        *reduced, extra = self.world.sum(torch.stack([*sums.values(), extra])).unbind()
+        terms = {name: pair.unbind() for name, pair in zip(sums, reduced, strict=True)}
+        numerator, weight = terms.pop("")
         lr = self.stage.lr(self.step)
         norm, skipped = self._update(numerator, weight, share, lr)
         self.model.after_step(skipped)
+        if self.world.size == 1:  # nobody else needs to hear of it first
+            self.stopped = self.asked
         return {
             "step": self.step + 1,
             "samples": (self.step + 1) * self.recipe.train.global_batch,
@@ -303,6 +299,8 @@ class _Trainer:
             "terms": {name: amount / count for name, (amount, count) in terms.items()},
             "skipped": skipped,
             "nothing_valid": weight == 0,
+            "stop": extra[0] > 0,
+            "damaged": extra[1],
             "ids": ids,
             "seconds": time.perf_counter() - began,
             "waited": waited,
@@ -313,9 +311,9 @@ class _Trainer:
 
     def _update(self, numerator: Tensor, weight: Tensor, share: int, lr: float) -> tuple[Tensor, Tensor]:
         """The optimiser's step, skipped on the device where anything is not finite. Returns (gradient norm, skipped)."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        factor = weight / share  # gradients are of numerator / share; divided by this they are of numerator / weight
-        norm = torch.nn.utils.get_total_norm(gradients) / factor
+        # gradients are the mean over ranks of those of numerator / share; divided by this they are of numerator / weight
+        factor = weight / (share * self.world.size)
+        norm = self.strategy.norm() / factor
         skipped = ~(torch.isfinite(norm) & torch.isfinite(numerator))
         clip = self.recipe.train.clip_norm
         if clip is not None:
@@ -328,8 +326,10 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
 
-    def _write(self, record: Record, row: dict[str, Any]) -> None:
-        """Read a step's numbers from the device, write its line, and stop the run after too many bad steps in a row."""
+    def _write(self, record: Record | None, row: dict[str, Any]) -> None:
+        """Read a step's numbers from the device, write its line, and stop the run after too many bad steps in a row. All ranks
+        read the same numbers, rank 0 writes them."""
+        self.stopped = self.stopped or bool(row["stop"])
         skipped, empty = bool(row["skipped"]), bool(row["nothing_valid"])
         samples = self.recipe.train.global_batch
         speed = samples / row["seconds"]
@@ -347,24 +347,27 @@ class _Trainer:
             "data_wait": row["waited"] / row["seconds"],
             "mfu": speed * self.chosen["flops_per_sample"][row["stage"].number] / self.chosen["peak_flops"],
             "skipped": skipped,
-            "damaged_samples": len(self.data.skips),
+            "damaged_samples": int(row["damaged"]),
         }
-        record.step(line)
+        if record is not None:
+            record.step(line)
         if not skipped or empty:
             self.bad = 0
             return
         self.bad += 1
-        ids = torch.cat(row["ids"]).tolist()
-        write_json(self.run / f"skipped-step-{row['step']:08d}.json", {"step": row["step"], "sample_ids": ids})
-        log.warning("step %d skipped: loss or gradient is not finite; its sample ids are in the run folder", row["step"])
+        ids = [one for own in self.world.gather(torch.cat(row["ids"]).tolist()) for one in own]
+        if record is not None:
+            write_json(self.run / f"skipped-step-{row['step']:08d}.json", {"step": row["step"], "sample_ids": ids})
+            log.warning("step %d skipped: loss or gradient is not finite; its sample ids are in the run folder", row["step"])
         if self.bad >= self.recipe.train.max_bad_steps:
-            raise InputError(
+            raise self.world.refuse(
                 f"{self.bad} steps in a row had a loss or gradient that is not finite, up to step {row['step']}; "
                 "a lower train.lr_per_256, train.clip_norm=1 or train.precision=fp32 would be next to try"
             )
 
-    def _check(self, record: Record) -> None:
-        """Held-out loss, health, and pictures of what the objective makes now."""
+    def _check(self, record: Record | None) -> None:
+        """Held-out loss, health, and pictures of what the objective makes now. Every rank looks at all of it, since a sharded
+        model needs them all; rank 0 writes it down."""
         row: dict[str, Any] = {
             "step": self.step,
             "size": list(self.size),
@@ -375,7 +378,7 @@ class _Trainer:
         pictures: dict[str, dict[str, Tensor]] = {}
         self.model.progress = self.step / self.total
         self.model.eval()
-        with torch.no_grad(), precision.autocast(self.chosen["precision"], self.device):
+        with torch.no_grad(), precision.autocast(self.chosen["precision"], self.device), self.strategy.whole():
             for number, reader in enumerate(self.data.held_out):
                 count = min(self.recipe.health.samples, len(reader))
                 chips = reader.chips(np.linspace(0, len(reader) - 1, count).astype(np.int64)).to(self.device)
@@ -394,6 +397,8 @@ class _Trainer:
                     if modality not in pictures and outcome.picture is not None:
                         pictures[modality] = outcome.picture()
         self.model.train()
+        if record is None:
+            return
         numerator, weight = (sum(amounts[i] for amounts in total.values()) for i in (0, 1))
         row["loss"] = numerator / weight if weight else None
         if len(total) > 1:
@@ -414,18 +419,17 @@ class _Trainer:
         checkpoint.start_optimizer(self.optimizer)
         if self.stored is None:
             return
-        checkpoint.load_into(self.stored, checkpoint.tensors_of(self.model, self.optimizer))
+        checkpoint.load_into(self.stored, checkpoint.tensors_of(self.model, self.optimizer), self.world)
         self.step = checkpoint.read_state(self.stored)["step"]
         log.info("continuing from %s", self.stored)
 
     def _save(self) -> None:
-        options = self.backbone_options()
         state = {
             "step": self.step,
             "samples": self.step * self.recipe.train.global_batch,
             "total_steps": self.total,
             "config": {**self.recipe.resolved(), "data": {**self.recipe.resolved()["data"], "size": list(self.size)}},
-            "backbone": {"name": options["name"], "options": dataclasses.asdict(self.model.backbone.config)},
+            "backbone": {"name": self.recipe.backbone["name"], "options": dataclasses.asdict(self.model.backbone.config)},
             "contracts": {name: contract.model_dump(mode="json") for name, contract in self.data.contracts.items()},
             "shards": self.data.shards,
             "choices": self.chosen,
@@ -436,6 +440,7 @@ class _Trainer:
             self.step,
             checkpoint.tensors_of(self.model, self.optimizer),
             state,
+            self.world,
             keep=self.recipe.checkpoint.keep,
             permanent_every=self.recipe.checkpoint.permanent_every,
         )
@@ -444,9 +449,9 @@ class _Trainer:
         """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint after the step in hand; a second Ctrl-C interrupts it."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.stopped and number == signal.SIGINT:
+            if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stopped = True
+            self.asked = True
             log.info("%s: saving after this step", signal.Signals(number).name)
 
         return {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}

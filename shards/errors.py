@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """What the user gave cannot be used; the message says what is wrong, where, and what would be right."""
+
+
+class Elsewhere(InputError):
+    """What another process of the run says to the user; this one ends alike, and says nothing."""

@@ -13,6 +13,7 @@ from swath.pretrain.config import read_recipe
 from swath.pretrain.objective import Outcome
 from swath.pretrain.objectives.mae import MAE
 from swath.pretrain.trainer import _Trainer, pretrain
+from swath.pretrain.world import ALONE
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 from swath.shards.prepare import prepare
@@ -146,7 +147,7 @@ def test_the_gradient_is_of_the_loss_over_the_whole_batch(shards: Path, tmp_path
     _, moments = read_checkpoint(tmp_path / "run", "optimizer.")
     recipe = read_recipe(RECIPE, [f"run.dir={tmp_path / 'fresh'}", f"data.train={shards}"], name="test")
     recipe.run.dir.mkdir()
-    trainer = _Trainer(recipe)
+    trainer = _Trainer(recipe, ALONE, "cpu")
     chips = next(trainer.data.batches(global_batch=8, micro_batch=8, step=0, device=torch.device("cpu"))).chips
     draw = Draw(0, chips.id, chips.visit)
     view = augment.view(recipe.data.augment, draw, chips.stored["image"].size)
