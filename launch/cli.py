@@ -117,10 +117,15 @@ def _pretrain(args: argparse.Namespace) -> int:
     from swath.launch.recipes import find
     from swath.launch.report import write_report
     from swath.pretrain.config import read_recipe
+    from swath.pretrain.forecast import forecast
     from swath.pretrain.trainer import pretrain
 
     text, name = find(args.recipe)
-    result = pretrain(read_recipe(text, args.overrides, name=name))
+    recipe = read_recipe(text, args.overrides, name=name)
+    if args.plan:
+        print("\n".join(forecast(recipe, args.world_size, args.ranks_per_node).lines(args.samples_per_second)))
+        return 0
+    result = pretrain(recipe)
     stopped = result.stopped and result.step < result.total
     if RANK == 0 and stopped:
         print(f"stopped after step {result.step} of {result.total}; the same command continues it")
@@ -303,6 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("pretrain", help="train a recipe, or continue its run")
     p.add_argument("recipe", help="a YAML path, or the name of a shipped recipe (see swath recipes)")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=shards/train train.epochs=10")
+    p.add_argument("--plan", action="store_true", help="train nothing; check it, and print sizes, memory, steps and time")
+    p.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks that the plan is for (1)")
+    p.add_argument("--ranks-per-node", type=int, metavar="N", help="of the plan, where data.lanes must fit the nodes")
+    p.add_argument("--samples-per-second", type=float, metavar="X", help="of all ranks together, for the plan's time")
     p.set_defaults(run=_pretrain)
 
     _add_launch(commands.add_parser("launch", help="train with many processes here, or as jobs of a SLURM cluster"))
