@@ -1,7 +1,8 @@
 """Checkpoints: tensors through torch.distributed.checkpoint, everything else as JSON, whole or not at all (DESIGN §2.8).
 
 A checkpoint is `checkpoints/step-00000100/` with `tensors/`, `state.json`, `files.json` (size and SHA-256 of every file) and,
-last, `complete`. It is built beside its final name, fsynced, read back, renamed; then `latest` moves; then old ones go.
+last, `complete`. It is built beside its final name, fsynced, read back, renamed; then `latest` moves; then old ones go. All of
+that is done in the background, from copies: a step waits for no disk.
 """
 
 import hashlib
@@ -10,19 +11,25 @@ import logging
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from concurrent.futures import Future as Task
+from concurrent.futures import ThreadPoolExecutor
 from enum import EnumType
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
-from swath.pretrain.world import ALONE, World
+from swath.pretrain.world import ALONE, START, World
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
 
@@ -73,66 +80,145 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes no path of this machine into the metadata."""
+    """Builds one checkpoint beside its final name. Every rank writes its file and measures it; rank 0 does everything else.
+
+    These are the moments at which DCP calls a writer, and an error in any of them reaches all ranks.
+    """
+
+    def __init__(self, folder: Path, step: int, state: dict[str, Any], keep: int, permanent_every: int | None) -> None:
+        self._final, self._partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
+        super().__init__(self._partial / "tensors", per_thread_copy_ahead=0)  # tensors are on the CPU, let it touch no GPU
+        self._step, self._state, self._keep, self._permanent_every = step, state, keep, permanent_every
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
+        return StorageMeta()  # no path of this machine
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        folder = self._final.parent
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(".step-*.partial"):  # by one that was killed or failed
+            shutil.rmtree(left)
+        self._partial.mkdir()
+        (self._partial / "tensors").mkdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        try:
+            written = super().write_data(plan, planner).value()
+        except RuntimeError as error:  # torch.save closes its archive after an error of the disk, and that fails in turn
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        own = (self._partial / "tensors").glob(f"{plan.storage_data.prefix}*")
+        done: Future[Any] = Future()
+        done.set_result((written, _measures(self._partial, own)))
+        return done
+
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
+        super().finish(metadata, [written for written, _ in results])
+        write_json(self._partial / "state.json", self._state)
+        files = _measures(self._partial, (self._partial / name for name in ("state.json", "tensors/.metadata")))
+        for _, measures in results:
+            files |= measures
+        write_json(self._partial / "files.json", files)
+        write_bytes(self._partial / COMPLETE, b"")
+        sync_folder(self._partial / "tensors")
+        shutil.rmtree(self._final, ignore_errors=True)  # of a step that is done again after a fall-back
+        self._partial.rename(self._final)
+        folder = self._final.parent
+        sync_folder(folder)
+        write_bytes(folder / LATEST, self._final.name.encode())
+        for old in _steps(folder)[: -self._keep]:
+            if old != self._step and not (self._permanent_every and old % self._permanent_every == 0):
+                shutil.rmtree(folder / name_of(old))
 
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(
-    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], world: World = ALONE, *, keep: int,
-    permanent_every: int | None,
-) -> None:  # fmt: skip
-    """Write the checkpoint of `step`, move `latest` to it, remove those that are neither among `keep` nor permanent.
+class Saver:
+    """Writes the checkpoints of a run in a thread while training goes on, one at a time. All ranks use theirs alike.
 
-    Each rank writes its share of the tensors; rank 0 does everything else.
+    Within `with`, so that the end of the run, or its error, waits for what is being written.
     """
-    folder = run / FOLDER
-    final, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
 
-    @disk_errors("writing a checkpoint", folder)
-    def begin() -> None:
-        folder.mkdir(exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    def __init__(self, run: Path, world: World = ALONE, *, keep: int, permanent_every: int | None) -> None:
+        self._folder, self._world, self._keep, self._permanent_every = run / FOLDER, world, keep, permanent_every
+        # the thread's exchanges must not meet those of training
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START)) if world.size > 1 else None
+        self._copies: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "swath-save")
+        self._writing: Task[None] | None = None
+        _quiet()
 
-    @disk_errors("writing a checkpoint", folder)
-    def finish() -> None:
-        write_json(partial / "state.json", state)
-        write_json(partial / "files.json", {name: _measure(partial / name) for name in _files(partial)})
-        write_bytes(partial / COMPLETE, b"")
-        sync_folder(partial / "tensors")
-        shutil.rmtree(final, ignore_errors=True)  # of a step that is done again after a fall-back
-        partial.rename(final)
-        sync_folder(folder)
-        write_bytes(folder / LATEST, final.name.encode())
-        for old in _steps(folder)[:-keep]:
-            if old != step and not (permanent_every and old % permanent_every == 0):
-                shutil.rmtree(folder / name_of(old))
+    @property
+    def failed(self) -> bool:
+        """Whether it is known that the last save went wrong; `wait` then raises why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    world.first(begin)
-    with disk_errors("writing a checkpoint", folder), _one_process():
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin the checkpoint of `step`, once the one before is done (and raise its error). `tensors` may change when this
+        returns. `latest` moves when all is written; then those go that are neither among `keep` nor permanent."""
+        self.wait()
+        mine = _share(tensors, self._world)
+        for name, tensor in mine.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[name].copy_(tensor)
+        writer = _Writer(self._folder, step, state, self._keep, self._permanent_every)
+        self._writing = self._thread.submit(self._write, writer, {name: self._copies[name] for name in mine})
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises the error of what was: InputError, of all ranks, for a disk that is full."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, writer: _Writer, tensors: dict[str, Tensor]) -> None:
         try:
-            dcp.save(dict(tensors), storage_writer=_Writer(partial / "tensors"), no_dist=world.size == 1)
-        except CheckpointException as error:  # of all ranks; the first one's own says more
-            raise next(iter(error.failures.values()))[0] from None
-    world.first(finish)
+            with disk_errors("writing a checkpoint", self._folder):
+                try:
+                    dcp.save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+                except CheckpointException as error:  # of all ranks; the first one's own says more
+                    raise next(iter(error.failures.values()))[0] from None
+        except InputError as error:
+            raise self._world.refuse(str(error)) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+        elif self.failed and self._writing is not None:
+            log.warning("the last checkpoint is not there either: %s", self._writing.exception())
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """One process is what we mean, so DCP need not warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def save(
+    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, permanent_every: int | None
+) -> None:
+    """One checkpoint, written when this returns."""
+    with Saver(run, keep=keep, permanent_every=permanent_every) as saver:
+        saver.save(step, tensors, state)
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this rank writes: its shards, and of what all ranks have a copy of, every `size`-th by size."""
+    copies = sorted((n for n, t in tensors.items() if not isinstance(t, DTensor)), key=lambda n: (-tensors[n].nbytes, n))
+    others = set(copies) - set(copies[world.rank :: world.size])
+    return {name: tensor for name, tensor in tensors.items() if name not in others}
+
+
+def _quiet() -> None:
+    """One process is what we mean, so DCP need not warn of it. For good: a filter that one thread puts back is another's too."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _measures(folder: Path, paths: Iterable[Path]) -> dict[str, list[Any]]:
+    return {str(path.relative_to(folder)): _measure(path) for path in sorted(paths)}
 
 
 def _measure(path: Path) -> list[Any]:
@@ -168,14 +254,16 @@ def _problem(path: Path) -> str | None:
         expected = json.loads((path / "files.json").read_text())
     except (OSError, ValueError) as error:
         return f"files.json: {error}"
-    for name, measure in expected.items():
+    for name, (size, _) in expected.items():
         file = path / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != measure[0]:
-            return f"{name} has {file.stat().st_size} bytes instead of {measure[0]}"
-        if _measure(file) != measure:
-            return f"{name} does not match its checksum"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor() as pool:  # hashing holds no lock
+        for name, found in zip(expected, pool.map(_measure, (path / name for name in expected)), strict=True):
+            if found != expected[name]:
+                return f"{name} does not match its checksum"
     if missing := {"state.json", "tensors/.metadata"} - expected.keys():
         return f"{', '.join(sorted(missing))} is missing"
     return None
@@ -191,8 +279,8 @@ def load_into(path: Path, tensors: dict[str, Tensor], world: World = ALONE) -> N
     wrong = sorted(n for n in shapes.keys() | tensors.keys() if n not in tensors or shapes.get(n) != tensors[n].shape)
     if wrong:
         raise InputError(f"checkpoint {path} does not fit this model: {', '.join(wrong[:5])} differ ({len(wrong)} in all)")
-    with _one_process():
-        dcp.load(dict(tensors), storage_reader=_Reader(path / "tensors"), no_dist=world.size == 1)
+    _quiet()
+    dcp.load(dict(tensors), storage_reader=_Reader(path / "tensors"), no_dist=world.size == 1)
 
 
 def _shapes(path: Path) -> dict[str, torch.Size]:
@@ -228,8 +316,8 @@ def read_checkpoint(path: Path | str, prefix: str = "") -> tuple[dict[str, Any],
         for name, info in _infos(path).items()
         if name.startswith(prefix)
     }
-    with _one_process():
-        dcp.load(dict(made), storage_reader=_Reader(path / "tensors"), no_dist=True)
+    _quiet()
+    dcp.load(dict(made), storage_reader=_Reader(path / "tensors"), no_dist=True)
     return read_state(path), {name[len(prefix) :]: tensor for name, tensor in made.items()}
 
 

@@ -127,6 +127,9 @@ class _Trainer:
         unused = self.chosen["unused_weights"] or len(self.data.contracts) > 1
         self.strategy = strategy(recipe.train.strategy, self.model, world, self.device, unused=unused)
         self.optimizer = adamw(self.model, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
+        self.saver = checkpoint.Saver(
+            self.run, world, keep=recipe.checkpoint.keep, permanent_every=recipe.checkpoint.permanent_every
+        )
         self.step = 0
         self.asked = self.stopped = False  # to stop, by a signal to this rank; and all ranks have agreed to
         self.bad = 0
@@ -210,10 +213,11 @@ class _Trainer:
         record = Record(self.run, self.step, self.total) if self.world.rank == 0 else None
         previous = self._catch_signals()
         try:
-            if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
-                self._check(record)
-            if self.step < self.total:
-                self._steps(record)
+            with self.saver:
+                if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
+                    self._check(record)
+                if self.step < self.total:
+                    self._steps(record)
         finally:
             if record is not None:
                 record.close()
@@ -253,6 +257,7 @@ class _Trainer:
                 self._check(record)
             if last or due:
                 self._save()
+            self.asked = self.asked or self.saver.failed  # ends the run as a signal does: at a step that all ranks agree on
         batches.close()  # type: ignore[attr-defined]
 
     def _one_step(self, batches: Iterator[MicroBatch]) -> dict[str, Any]:
@@ -424,6 +429,7 @@ class _Trainer:
         log.info("continuing from %s", self.stored)
 
     def _save(self) -> None:
+        """Begin to write the checkpoint of the steps that are done; raises what went wrong with the one before."""
         state = {
             "step": self.step,
             "samples": self.step * self.recipe.train.global_batch,
@@ -435,15 +441,7 @@ class _Trainer:
             "choices": self.chosen,
             "versions": {"swath": swath.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
-        checkpoint.save(
-            self.run,
-            self.step,
-            checkpoint.tensors_of(self.model, self.optimizer),
-            state,
-            self.world,
-            keep=self.recipe.checkpoint.keep,
-            permanent_every=self.recipe.checkpoint.permanent_every,
-        )
+        self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optimizer), state)
 
     def _catch_signals(self) -> dict[int, Any]:
         """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint after the step in hand; a second Ctrl-C interrupts it."""
