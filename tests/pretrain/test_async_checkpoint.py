@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from swath.launch.cli import main
 from swath.pretrain import checkpoint
-from swath.pretrain.checkpoint import Saver, _Writer, find_latest, read_checkpoint
+from swath.pretrain.checkpoint import Saver, _share, _Writer, find_latest, read_checkpoint
 from swath.pretrain.config import read_recipe
 from swath.pretrain.record import read_lines
 from swath.pretrain.trainer import _Trainer, pretrain
+from swath.pretrain.world import World
 from swath.shards.errors import InputError
 from tests.ranks import run
 from tests.shard_folders import make_shards
@@ -87,11 +88,21 @@ def test_the_next_save_and_the_end_wait(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_Writer, "write_data", write_data)
     monkeypatch.setattr(_Writer, "finish", finished)
-    with Saver(tmp_path, keep=1, permanent_every=2) as saver:
+    with Saver(tmp_path, keep=3, permanent_every=None) as saver:
         for step in (1, 2, 3):
-            saver.save(step, {"a": torch.ones(2)}, {})
+            saver.save(step, {"a": torch.tensor(step)}, {})
     assert events == ["begins", "ends"] * 3
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000003"]
+    for step in (1, 2, 3):
+        read = read_checkpoint(tmp_path / "checkpoints" / checkpoint.name_of(step))[1]
+        assert read["a"] == step, "not copied over before it was written"
+
+
+def test_a_rank_copies_what_it_writes_alone() -> None:
+    tensors = {f"{n}": torch.zeros(size) for n, size in enumerate([5, 70, 60, 8, 50, 50])}
+    shares = [_share(tensors, World(rank, 3)) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(tensors)
+    sizes = [sum(tensor.numel() for tensor in share.values()) for share in shares]
+    assert max(sizes) - min(sizes) <= 70, "no more than the largest of them apart"
 
 
 def test_an_error_waits_for_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
