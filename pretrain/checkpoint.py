@@ -100,7 +100,7 @@ class _Writer(dcp.FileSystemWriter):
         folder = self._final.parent
         folder.mkdir(exist_ok=True)
         for left in folder.glob(".step-*.partial"):  # by one that was killed or failed
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         self._partial.mkdir()
         (self._partial / "tensors").mkdir()
         return super().prepare_global_plan(plans)
