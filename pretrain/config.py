@@ -43,7 +43,8 @@ class Data(Section):
     """Shards, and the order in which they are read. `train` is a folder (or s3://, gs://, https:// address) of shards, or a
     list of {path, weight}; `val` one or several. `modalities` of the samples, all by default. `size` is what the backbone sees;
     the chips' own when null, unless train.stages says it. With `clouds` the pixels under clouds and shadows count too. So many
-    different damaged samples as `skip_damaged` are gone past. Remote shards are kept in `cache_dir`, up to `cache_gb`.
+    different damaged samples as `skip_damaged` are gone past. Remote shards are kept in `cache_dir`, up to `cache_gb`;
+    with `stage` those of a shared file system too, one copy per node, copied ahead as far as there is room.
     """
 
     train: tuple[DataSet, ...] = Field(min_length=1)
@@ -55,6 +56,7 @@ class Data(Section):
     lanes: int = Field(default=1, ge=1)
     workers: int = Field(default=1, ge=0)
     skip_damaged: int = Field(default=0, ge=0)
+    stage: bool = False
     cache_dir: Path | None = None
     cache_gb: float | None = Field(default=None, gt=0)
     augment: Augment = Augment()
@@ -138,7 +140,7 @@ class Recipe(Section):
 # What may differ when a run is continued (DESIGN §2.8); anything else would make it another run.
 MAY_CHANGE = (
     "train.epochs", "train.max_steps", "train.micro_batch", "train.strategy", "checkpoint.",
-    "data.workers", "data.skip_damaged", "data.cache_dir", "data.cache_gb",
+    "data.workers", "data.skip_damaged", "data.stage", "data.cache_dir", "data.cache_gb",
 )  # fmt: skip
 
 
@@ -172,11 +174,13 @@ def read_recipe(text: str, overrides: list[str], *, name: str) -> Recipe:
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
-    """What is said twice."""
-    if not recipe.train.stages:
-        return []
-    given = {"train.epochs": recipe.train.epochs, "data.size": recipe.data.size}
-    return [f"{key}: train.stages says it stage by stage; leave out one of them" for key in given if given[key] is not None]
+    """What is said twice, or only half."""
+    problems = []
+    if recipe.data.stage and recipe.data.cache_dir is None:
+        problems.append("data.cache_dir: data.stage copies shards to a disk of the node; name a folder on it")
+    given = {"train.epochs": recipe.train.epochs, "data.size": recipe.data.size} if recipe.train.stages else {}
+    twice = "train.stages says it stage by stage; leave out one of them"
+    return problems + [f"{key}: {twice}" for key, value in given.items() if value is not None]
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

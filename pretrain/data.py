@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from swath.pretrain import config
@@ -42,10 +43,13 @@ class Data:
         self.clear = (VALID_CLEAR, VALID_CLOUD, VALID_SHADOW) if data.clouds else (VALID_CLEAR,)
         self.samples = sum(len(reader) for reader in self.readers)
 
+    @property
+    def _cache(self) -> CacheOptions:
+        return CacheOptions(self.data.cache_dir, None if self.data.cache_gb is None else int(self.data.cache_gb * 1e9))
+
     def _open(self, path: str) -> ShardReader:
-        limit = None if self.data.cache_gb is None else int(self.data.cache_gb * 1e9)
         return ShardReader(
-            path, self.data.modalities, cache=CacheOptions(self.data.cache_dir, limit),
+            path, self.data.modalities, cache=self._cache,
             skips=self.skips if self.skips.limit else None,
         )  # fmt: skip
 
@@ -90,14 +94,44 @@ class Data:
         self, *, global_batch: int, micro_batch: int, step: int, device: torch.device, world: World = ALONE
     ) -> Iterator[MicroBatch]:
         """This rank's micro-batches from global batch `step` on, for ever; closing it ends its threads."""
-        remote = any(is_remote(one.path) for one in self.data.train)
+        cached = self.data.stage or any(is_remote(one.path) for one in self.data.train)
+        stream = self.stream()
+        if self.data.stage:
+            self._stage(stream, step, global_batch, world)
         loader = Loader(
-            self.readers, self.stream(), global_batch=global_batch, micro_batch=micro_batch, step=step,
+            self.readers, stream, global_batch=global_batch, micro_batch=micro_batch, step=step,
             rank=world.rank, world_size=world.size, workers=self.data.workers, pin=device.type == "cuda",
             # shards of the next window are fetched while this one is trained on
-            upcoming=self._prefetch if remote else None, ahead=-(-self.data.window // global_batch),
+            upcoming=self._prefetch if cached else None, ahead=-(-self.data.window // global_batch),
         )  # fmt: skip
         return iter(loader)
+
+    def _stage(self, stream: Mixture, step: int, global_batch: int, world: World) -> None:
+        """Have each node's ranks copy, between them, what the node reads in the rest of this epoch and in the next one, in that
+        order, as far as there is room. They train meanwhile: who needs a shard that is not here yet copies it or waits."""
+        of_node = world.size // world.nodes
+        node = world.rank // of_node
+        lanes = range(node * self.data.lanes // world.nodes, -(-(node + 1) * self.data.lanes // world.nodes))
+        for reader in self.readers:
+            reader.stage(self._cache, speaks=world.local == 0)
+        first: dict[int, int] = {}  # position of each data set's next batch
+        for number in range(step, step + 2 * stream.cycle_length(global_batch)):
+            source, position = stream.batch(number, global_batch)
+            first.setdefault(source, position)
+            if len(first) == len(self.readers):
+                break
+        wanted = {}
+        for source, position in first.items():
+            order = stream.orders[source]
+            following = (position // order.samples + 1) * order.samples
+            wanted[source] = dict.fromkeys([*order.needed(position, lanes), *order.needed(following, lanes)])
+        sizes = {source: [shard.bytes for shard in self.readers[source].manifest.shards] for source in wanted}
+        total = sum(sizes[source][number] for source in wanted for number in wanted[source])
+        room = min(reader.store.capacity for reader in self.readers)
+        for source, numbers in wanted.items():
+            ends = np.cumsum([sizes[source][number] for number in numbers])
+            fits = int(np.searchsorted(ends, ends[-1] * min(1.0, room / total), side="right"))
+            self.readers[source].fill(list(numbers)[:fits][world.local :: of_node])
 
     def _prefetch(self, source: int, names: list[str]) -> None:
         self.readers[source].prefetch(names)

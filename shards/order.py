@@ -63,6 +63,22 @@ class SampleOrder:
         shard = np.searchsorted(self._starts, samples, side="right") - 1
         return shard[np.sort(np.unique(shard, return_index=True)[1])].tolist()
 
+    def needed(self, first: int, lanes: range) -> list[int]:
+        """The shards that `lanes` read from the window of position `first` to the end of its epoch, in the order in which they
+        are first needed."""
+        epoch, index = divmod(first, self.samples)
+        begun = index // self.lanes // self.window * self.window
+        shuffled, starts = self._shards_of(epoch)
+        rows = [np.empty(0, np.int64)]
+        places = [np.empty(0, np.int64)]  # where in its lane each is met
+        for start, length in map(self._lane, lanes):
+            if begun < length:
+                low, high = np.searchsorted(starts, [start + begun, start + length - 1], side="right") - 1
+                rows.append(np.arange(low, high + 1))
+                places.append(starts[rows[-1]] - start)
+        row = np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
+        return shuffled[row[np.sort(np.unique(row, return_index=True)[1])]].tolist()
+
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shuffled shard list, and where each of them starts on the epoch's line."""
         shuffled = torch.argsort(hashes(self.seed, f"shards/{epoch}", 0, len(self.sizes)), stable=True).numpy()

@@ -1,6 +1,7 @@
 """Reading samples back: any member of any sample is one slice of a memory-mapped tar, checked against its CRC-32."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from swath.shards.manifest import Manifest, Shard, parse_manifest, read_manifest
 from swath.shards.skips import Skips
 from swath.shards.stores.cache import CacheOptions
 from swath.shards.stores.remote import is_remote
-from swath.shards.stores.store import open_store
+from swath.shards.stores.store import RemoteStore, StagedStore, Store, open_store
 from swath.shards.writer import seconds
 
+log = logging.getLogger("swath")
 _Member = tuple[int, int, int, int, int, float, float]  # the fields of MEMBER, in its order
 VALID_NODATA, VALID_CLEAR, VALID_CLOUD, VALID_SHADOW = 0, 1, 2, 3
 
@@ -104,21 +106,41 @@ class ShardReader:
         skips: Skips | None = None,
     ) -> None:
         self.place = str(place)
-        self.store = open_store(place, cache)
+        self.store: Store = open_store(place, cache)
         self.manifest: Manifest = (
             parse_manifest(self.store.read(MANIFEST), self.place) if is_remote(place) else read_manifest(Path(place))
         )
         self.skips = skips
         self._skipped: set[int] = set()
         self.contracts = {name: self.manifest.contract(name) for name in modalities or self.manifest.contracts}
-        index, keys = (self.store.path(name, *self._stated(name)) for name in (INDEX, KEYS))
-        self.index = open_index(index, keys, columns_of(list(self.manifest.contracts)), self.place)
+        self._map_index()
         if len(self.index) != self.manifest.samples:
             raise InputError(
                 f"{self.place}: the index has {len(self.index)} samples, the manifest {self.manifest.samples}; "
                 f"`swath index {self.place}` rebuilds it"
             )
         self._ahead: dict[str, Shard] = {}
+
+    def stage(self, cache: CacheOptions, *, speaks: bool = True) -> None:
+        """Read a local folder through copies in `cache` from now on, see StagedStore; a cache that cannot be had is gone without.
+        Remote shards have one already."""
+        if isinstance(self.store, RemoteStore):
+            return
+        try:
+            self.store = StagedStore(Path(self.place), cache, speaks=speaks)
+        except InputError as error:
+            if speaks:
+                log.warning("data.stage: %s; reading %s where it is", error, self.place)
+            return
+        self._map_index()
+
+    def fill(self, shards: Sequence[int]) -> None:
+        """Copy these, by their number, in that order, in the background, as far as there is room."""
+        self.store.fill([self.manifest.shards[number] for number in shards])
+
+    def _map_index(self) -> None:
+        index, keys = (self.store.path(name, *self._stated(name)) for name in (INDEX, KEYS))
+        self.index = open_index(index, keys, columns_of(list(self.manifest.contracts)), self.place)
 
     def _stated(self, name: str) -> tuple[int | None, str | None]:
         """(bytes, SHA-256) of a file as the manifest has them."""

@@ -1,6 +1,8 @@
-"""Where shards come from: a local folder, mapped as it is, or a remote one, through a bounded cache with prefetch."""
+"""Where shards come from: a local folder, mapped as it is, or a remote one, through a bounded cache with prefetch. A folder on
+a shared file system may be read through such a cache, too (`StagedStore`)."""
 
 import itertools
+import logging
 import mmap
 import os
 import re
@@ -12,12 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Self
 
 from swath.shards.errors import InputError
 from swath.shards.manifest import Shard
 from swath.shards.stores.cache import Cache, CacheFull, CacheOptions
+from swath.shards.stores.folder import Folder
 from swath.shards.stores.remote import Closed, Patience, Remote, is_remote
 
+log = logging.getLogger("swath")
 _MAPPED = 512  # shards at once, each costs a file descriptor
 _THREADS = 4
 
@@ -41,7 +46,7 @@ class Store(ABC):
         self._clock = itertools.count()
         self._opening = threading.Lock()
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,6 +75,9 @@ class Store(ABC):
 
     def prefetch(self, shards: Iterable[Shard]) -> None:  # noqa: B027
         """Fetch these next, in this order, in the background, instead of what was asked before. Errors show where needed."""
+
+    def fill(self, shards: Iterable[Shard]) -> None:  # noqa: B027
+        """Fetch these, in this order, in the background, whenever there is nothing to prefetch, until the cache is full."""
 
     def forget(self, shard: Shard) -> bool:
         """After damage in a mapped shard: drop our copy of it. Whether another one can be had by `shard` now."""
@@ -152,13 +160,14 @@ class LocalStore(Store):
 class RemoteStore(Store):
     """Shards are cached under their SHA-256, so that what is there is what the manifest means, whatever its address."""
 
-    def __init__(self, remote: Remote, options: CacheOptions) -> None:
+    def __init__(self, remote: Remote | Folder, options: CacheOptions) -> None:
         self.remote = remote
         self.cache = Cache(options, pause=remote.wait)
         super().__init__(self.cache.limit)
         self._kept: dict[str, memoryview] = {}  # of `path`: in use as long as we are open
         self._read = sha256()
         self._wanted: deque[Shard] = deque()
+        self._later: deque[Shard] = deque()
         self._work = threading.Condition()
         self._threads: list[threading.Thread] = []
 
@@ -191,11 +200,19 @@ class RemoteStore(Store):
             wanted.append(shard)
         with self._work:
             self._wanted = wanted
-            while len(self._threads) < min(_THREADS, len(wanted)):
-                thread = threading.Thread(target=self._fetch_ahead, name="swath-prefetch", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._work.notify_all()
+            self._wake()
+
+    def fill(self, shards: Iterable[Shard]) -> None:
+        with self._work:
+            self._later = deque(shards)
+            self._wake()
+
+    def _wake(self) -> None:
+        while len(self._threads) < min(_THREADS, len(self._wanted) + len(self._later)):
+            thread = threading.Thread(target=self._fetch_ahead, name="swath-prefetch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._work.notify_all()
 
     def forget(self, shard: Shard) -> bool:
         self._mapped.pop(shard.name, None)
@@ -206,6 +223,7 @@ class RemoteStore(Store):
         self.remote.stop.set()
         with self._work:
             self._wanted.clear()
+            self._later.clear()
             self._work.notify_all()
         self._kept.clear()
         super().close()
@@ -222,13 +240,56 @@ class RemoteStore(Store):
     def _fetch_ahead(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._wanted or self.remote.stop.is_set())
+                self._work.wait_for(lambda: self._wanted or self._later or self.remote.stop.is_set())
                 if self.remote.stop.is_set():
                     return
-                shard = self._wanted.popleft()
+                shard = (self._wanted or self._later).popleft()
             try:
                 os.close(self._fetch(shard.name, shard.sha256, shard.bytes, shard.sha256, can_wait=True))
             except (InputError, CacheFull):
                 continue  # whoever needs the shard will be told
             except Closed:
                 return
+
+
+class StagedStore(RemoteStore):
+    """A folder on a shared file system, through copies on a disk of the node. Which of both is read changes nothing else: what
+    cannot be copied (full disk, damaged shard, everything in use) is read where it is, as a LocalStore would. The first time that
+    happens one line is logged, if it `speaks`."""
+
+    def __init__(self, folder: Path, options: CacheOptions, *, speaks: bool = True) -> None:
+        self.source = LocalStore(folder)
+        self.speaks = speaks
+        self._direct: set[str] = set()  # shards that are mapped from where they are
+        super().__init__(Folder(folder), options)
+
+    def read(self, name: str, limit: int = 64 << 20) -> bytes:
+        return self.source.read(name, limit)
+
+    def path(self, name: str, size: int | None = None, digest: str | None = None) -> Path:
+        """Without `digest` nothing could tell whether a copy is still right."""
+        if digest is not None:
+            try:
+                return super().path(name, size, digest)
+            except (InputError, CacheFull) as error:
+                self._say(error)
+        return self.source.path(name)
+
+    def forget(self, shard: Shard) -> bool:
+        return shard.name not in self._direct and super().forget(shard)
+
+    def _open(self, shard: Shard) -> memoryview:
+        try:
+            view = _mapping_of(self._fetch(shard.name, shard.sha256, shard.bytes, shard.sha256, can_wait=True))
+            self._direct.discard(shard.name)
+            return view
+        except (InputError, CacheFull) as error:
+            self._say(error)
+            self._direct.add(shard.name)
+            return self.source._open(shard)
+
+    def _say(self, error: Exception) -> None:
+        if self.speaks:
+            reason = f"all {self.cache.limit} bytes of {self.cache.folder} are in use" if isinstance(error, CacheFull) else error
+            log.warning("data.stage: %s; reading that from %s itself", reason, self.source.folder)
+        self.speaks = False
