@@ -37,7 +37,8 @@ from swath.pretrain.pictures import sheet
 from swath.pretrain.record import Record, finite
 from swath.pretrain.stages import Stage, plan
 from swath.pretrain.strategy import strategy
-from swath.pretrain.world import World
+from swath.pretrain.watch import HOLD, Watch
+from swath.pretrain.world import World, is_echo
 from swath.shards.bands import InputContract
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
@@ -68,6 +69,11 @@ def pretrain(recipe: Recipe) -> Result:
         world.first(lambda: _examine(recipe, world))
         with disk_errors("writing the run", recipe.run.dir), _owned(recipe.run.dir, world):
             return _Trainer(recipe, world, kind).train()
+    except Exception as error:
+        if is_echo(error):  # the rank whose own error it was is to be seen to end first
+            log.error("rank %d: a collective failed, since another rank ended or was late", world.rank)
+            time.sleep(HOLD)
+        raise
     finally:
         world.leave()
 
@@ -133,6 +139,7 @@ class _Trainer:
         self.step = 0
         self.asked = self.stopped = False  # to stop, by a signal to this rank; and all ranks have agreed to
         self.bad = 0
+        self.watch = Watch(self.run, world, recipe.train.hang_after)
 
     # --- what is fixed before the first step ---
 
@@ -217,7 +224,8 @@ class _Trainer:
                 if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
                     self._check(record)
                 if self.step < self.total:
-                    self._steps(record)
+                    with self.watch:
+                        self._steps(record)
         finally:
             if record is not None:
                 record.close()
@@ -254,8 +262,10 @@ class _Trainer:
                 self._write(record, waiting)
                 waiting = None
             if look or self.step == self.total:
+                self.watch.at("the look at health", self.step)
                 self._check(record)
             if last or due:
+                self.watch.at("saving", self.step)
                 self._save()
             self.asked = self.asked or self.saver.failed  # ends the run as a signal does: at a step that all ranks agree on
         batches.close()  # type: ignore[attr-defined]
@@ -264,15 +274,19 @@ class _Trainer:
         """One update. Returns what is to be written, tensors still on the device."""
         began, waited = time.perf_counter(), 0.0
         self.model.progress = self.step / self.total
-        self.stage = self._stage_of(self.step)
+        stage, self.stage = self.stage, self._stage_of(self.step)
+        if stage is not self.stage:
+            self.watch.allow(long=True)  # until its first step is done
         share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
         sums: dict[str, Tensor] = {}  # over micro-steps, then over ranks
         ids = []
         for number in range(self.accumulate):
             start = time.perf_counter()
+            self.watch.at("data", self.step + 1)
             chips = next(batches).chips.to(self.device)
             waited += time.perf_counter() - start
             ids.append(chips.id)
+            self.watch.at("forward and backward", self.step + 1)
             draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
             view = augment.view(self.recipe.data.augment, draw, next(iter(chips.stored.values())).size)
             batch = prepare(chips, self.data.contracts_of(chips), self.view_size, view, self.data.clear)
@@ -284,6 +298,7 @@ class _Trainer:
             for name, amounts in terms.items():
                 amounts = torch.stack([amount.float() for amount in amounts])
                 sums[name] = sums[name] + amounts if name in sums else amounts
+        self.watch.at("the exchange of numbers", self.step + 1)
         # one exchange of all numbers; the last tell how many ranks want to stop, and how many samples were gone past
         extra = torch.tensor([float(self.asked), float(len(self.data.skips))], device=self.device)
         *reduced, extra = self.world.sum(torch.stack([*sums.values(), extra])).unbind()
@@ -334,7 +349,9 @@ class _Trainer:
     def _write(self, record: Record | None, row: dict[str, Any]) -> None:
         """Read a step's numbers from the device, write its line, and stop the run after too many bad steps in a row. All ranks
         read the same numbers, rank 0 writes them."""
+        self.watch.at("reading the numbers", row["step"])
         self.stopped = self.stopped or bool(row["stop"])
+        self.watch.allow(long=False)
         skipped, empty = bool(row["skipped"]), bool(row["nothing_valid"])
         samples = self.recipe.train.global_batch
         speed = samples / row["seconds"]
