@@ -16,8 +16,8 @@ _context.set_forkserver_preload(["swath.pretrain.trainer", "swath.pretrain.objec
 def run(
     size: int, work: Callable[..., Any], *args: Any, seconds: float = 120, grace: float = 5, said: Path | None = None
 ) -> list[int]:  # fmt: skip
-    """The exit codes of `size` ranks that call `work(*args)`; all are ended `grace` seconds after the first one fails, as torchrun
-    does. What they print to stderr is appended to `said`."""
+    """The exit codes of `size` ranks that call `work(*args)`; where one fails the others are ended after `grace` seconds, as
+    torchrun does. What they print to stderr is appended to `said`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
