@@ -23,6 +23,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from swath.pretrain.world import START, World, is_echo
+from swath.shards.errors import Elsewhere
 
 log = logging.getLogger("swath")
 HOLD = 10.0  # seconds in which the rank whose fault it is ends before the others do
@@ -84,7 +85,7 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        if error is not None and not is_echo(error):
+        if error is not None and not is_echo(error) and not isinstance(error, Elsewhere):
             self._alarm(failed=f"{type(error).__name__}: {error}".splitlines()[0])
 
     # --- the thread ---

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from swath.launch.cli import main
+from swath.launch.jobs.local import run_here
 from swath.pretrain import owner, trainer, watch
 from swath.pretrain.config import read_recipe
 from swath.pretrain.record import read_lines
@@ -200,6 +201,37 @@ def test_a_dead_rank_ends_the_run_with_its_own_error(work: Any, fault: Any, code
     words = said.read_text()
     assert words.count("a collective failed, since another rank ended or was late") == 2
     assert words.count("Traceback") == words.count("RuntimeError: of its own") == (fault is fail)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.pretrain import test_faults_of_ranks as faults
+place, shards, fault = sys.argv[1:]
+faults.with_fault(Path(place), Path(shards), getattr(faults, fault), 1, hold=20)
+"""
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        ("die", 137, "killed by SIGKILL"),
+        ("fail", 1, "RuntimeError: of its own"),
+        ("hang", 1, "nothing moves, late: rank 1 at data"),
+    ],
+)
+def test_the_launcher_names_the_rank_whose_fault_it_was(
+    fault: str, code: int, words: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = [str(tmp_path / "run"), str(shards), fault]
+    assert run_here("program", given, processes=2, logs=tmp_path / "logs") == code
+    told = json.loads(next((tmp_path / "logs").glob("failure-*.json")).read_text())
+    assert told["rank"] == 1 and words in told["message"]
 
 
 @slow
