@@ -200,7 +200,7 @@ def test_a_dead_rank_ends_the_run_with_its_own_error(work: Any, fault: Any, code
     assert time.monotonic() - began < 30
     words = said.read_text()
     assert words.count("a collective failed, since another rank ended or was late") == 2
-    assert words.count("Traceback") == words.count("RuntimeError: of its own") == (fault is fail)
+    assert words.count("Traceback") == words.count("\nRuntimeError: of its own\n") == (fault is fail)
 
 
 PROGRAM = """
