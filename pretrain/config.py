@@ -85,6 +85,8 @@ class Train(Section):
 
     `stages`, in place of epochs and of data.size, are trained one after the other in one run, each with a warm-up and a decay of
     its own. Learned positions are exact at the size of the last one, whose weights are handed on, and interpolated before.
+    After `max_bad_steps` in a row that are not finite the run ends, or, `return_on_bad` times, goes back to before them and on
+    without their samples. Where a rank is at one thing (data, a collective, a save) for `hang_after` seconds all ranks end.
     """
 
     global_batch: int = Field(default=256, ge=1)
@@ -105,6 +107,8 @@ class Train(Section):
     compile: bool = False
     activation_checkpointing: bool = False
     max_bad_steps: int = Field(default=10, ge=1)
+    return_on_bad: int = Field(default=0, ge=0)
+    hang_after: float = Field(default=600.0, gt=0)
 
 
 class Checkpoints(Section):
@@ -139,8 +143,8 @@ class Recipe(Section):
 
 # What may differ when a run is continued (DESIGN §2.8); anything else would make it another run.
 MAY_CHANGE = (
-    "train.epochs", "train.max_steps", "train.micro_batch", "train.strategy", "checkpoint.",
-    "data.workers", "data.skip_damaged", "data.stage", "data.cache_dir", "data.cache_gb",
+    "train.epochs", "train.max_steps", "train.micro_batch", "train.strategy", "train.hang_after", "train.return_on_bad",
+    "checkpoint.", "data.workers", "data.skip_damaged", "data.stage", "data.cache_dir", "data.cache_gb",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Order, views and masks are pure functions of the position, so a run that was kil
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import platform
@@ -27,7 +28,7 @@ from torch import Tensor
 import swath
 from swath.backbones.base import Features
 from swath.kernels import dispatch
-from swath.pretrain import augment, build, checkpoint, cost, health, precision
+from swath.pretrain import augment, build, checkpoint, cost, health, precision, returns
 from swath.pretrain.config import Recipe, refuse_changes
 from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
@@ -37,7 +38,8 @@ from swath.pretrain.pictures import sheet
 from swath.pretrain.record import Record, finite
 from swath.pretrain.stages import Stage, plan
 from swath.pretrain.strategy import strategy
-from swath.pretrain.world import World
+from swath.pretrain.watch import HOLD, Watch
+from swath.pretrain.world import World, is_echo
 from swath.shards.bands import InputContract
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
@@ -67,7 +69,14 @@ def pretrain(recipe: Recipe) -> Result:
     try:
         world.first(lambda: _examine(recipe, world))
         with disk_errors("writing the run", recipe.run.dir), _owned(recipe.run.dir, world):
-            return _Trainer(recipe, world, kind).train()
+            while (result := _Trainer(recipe, world, kind).train()) is None:
+                gc.collect()  # the model that was given up, before there is another
+            return result
+    except Exception as error:
+        if is_echo(error):  # the rank whose own error it was is to be seen to end first
+            log.error("rank %d: a collective failed, since another rank ended or was late", world.rank)
+            time.sleep(HOLD)
+        raise
     finally:
         world.leave()
 
@@ -132,12 +141,16 @@ class _Trainer:
         )
         self.step = 0
         self.asked = self.stopped = False  # to stop, by a signal to this rank; and all ranks have agreed to
-        self.bad = 0
+        self.bad: dict[int, list[int]] = {}  # the last steps in a row that were not finite, and their samples
+        self.returns = world.first(lambda: returns.read(self.run))
+        self.left_out = returns.ids(self.returns, self.device)
+        self.watch = Watch(self.run, world, recipe.train.hang_after)
 
     # --- what is fixed before the first step ---
 
     def _stored(self) -> str | None:
         """The checkpoint to continue from, after checking that this is the same run on the same data."""
+        returns.undo(self.run)
         latest = checkpoint.find_latest(self.run, mend=True)
         resolved = self.run / "recipe.yaml"
         if resolved.exists():
@@ -208,16 +221,20 @@ class _Trainer:
 
     # --- the loop ---
 
-    def train(self) -> Result:
+    def train(self) -> Result | None:
+        """None where the run has gone back, and another trainer is to continue it."""
         self._restore()
         record = Record(self.run, self.step, self.total) if self.world.rank == 0 else None
         previous = self._catch_signals()
         try:
-            with self.saver:
+            with self.watch, self.saver:
                 if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
                     self._check(record)
                 if self.step < self.total:
-                    self._steps(record)
+                    try:
+                        self._steps(record)
+                    except returns.Return:
+                        return None
         finally:
             if record is not None:
                 record.close()
@@ -254,8 +271,10 @@ class _Trainer:
                 self._write(record, waiting)
                 waiting = None
             if look or self.step == self.total:
+                self.watch.at("the look at health", self.step)
                 self._check(record)
             if last or due:
+                self.watch.at("saving", self.step)
                 self._save()
             self.asked = self.asked or self.saver.failed  # ends the run as a signal does: at a step that all ranks agree on
         batches.close()  # type: ignore[attr-defined]
@@ -264,18 +283,23 @@ class _Trainer:
         """One update. Returns what is to be written, tensors still on the device."""
         began, waited = time.perf_counter(), 0.0
         self.model.progress = self.step / self.total
-        self.stage = self._stage_of(self.step)
+        stage, self.stage = self.stage, self._stage_of(self.step)
+        if stage is not self.stage:
+            self.watch.allow(long=True)  # until its first step is done
         share = self.recipe.train.global_batch  # keeps sums of squares near 1; divided out again below
         sums: dict[str, Tensor] = {}  # over micro-steps, then over ranks
         ids = []
         for number in range(self.accumulate):
             start = time.perf_counter()
+            self.watch.at("data", self.step + 1)
             chips = next(batches).chips.to(self.device)
             waited += time.perf_counter() - start
             ids.append(chips.id)
+            self.watch.at("forward and backward", self.step + 1)
             draw = Draw(self.recipe.run.seed, chips.id, chips.visit)
             view = augment.view(self.recipe.data.augment, draw, next(iter(chips.stored.values())).size)
             batch = prepare(chips, self.data.contracts_of(chips), self.view_size, view, self.data.clear)
+            batch = returns.leave_out(batch, self.left_out, self.data.contracts)
             with self.strategy.exchange(number == self.accumulate - 1):
                 with precision.autocast(self.chosen["precision"], self.device):
                     outcome = self.strategy.forward(batch, draw)
@@ -284,6 +308,7 @@ class _Trainer:
             for name, amounts in terms.items():
                 amounts = torch.stack([amount.float() for amount in amounts])
                 sums[name] = sums[name] + amounts if name in sums else amounts
+        self.watch.at("the exchange of numbers", self.step + 1)
         # one exchange of all numbers; the last tell how many ranks want to stop, and how many samples were gone past
         extra = torch.tensor([float(self.asked), float(len(self.data.skips))], device=self.device)
         *reduced, extra = self.world.sum(torch.stack([*sums.values(), extra])).unbind()
@@ -334,7 +359,9 @@ class _Trainer:
     def _write(self, record: Record | None, row: dict[str, Any]) -> None:
         """Read a step's numbers from the device, write its line, and stop the run after too many bad steps in a row. All ranks
         read the same numbers, rank 0 writes them."""
+        self.watch.at("reading the numbers", row["step"])
         self.stopped = self.stopped or bool(row["stop"])
+        self.watch.allow(long=False)
         skipped, empty = bool(row["skipped"]), bool(row["nothing_valid"])
         samples = self.recipe.train.global_batch
         speed = samples / row["seconds"]
@@ -357,18 +384,30 @@ class _Trainer:
         if record is not None:
             record.step(line)
         if not skipped or empty:
-            self.bad = 0
+            self.bad = {}
             return
-        self.bad += 1
         ids = [one for own in self.world.gather(torch.cat(row["ids"]).tolist()) for one in own]
+        self.bad[row["step"]] = ids
         if record is not None:
             write_json(self.run / f"skipped-step-{row['step']:08d}.json", {"step": row["step"], "sample_ids": ids})
             log.warning("step %d skipped: loss or gradient is not finite; its sample ids are in the run folder", row["step"])
-        if self.bad >= self.recipe.train.max_bad_steps:
-            raise self.world.refuse(
-                f"{self.bad} steps in a row had a loss or gradient that is not finite, up to step {row['step']}; "
-                "a lower train.lr_per_256, train.clip_norm=1 or train.precision=fp32 would be next to try"
-            )
+        if len(self.bad) >= self.recipe.train.max_bad_steps:
+            self._turn_back(row["step"])
+
+    def _turn_back(self, step: int) -> None:
+        """After too many bad steps in a row the run goes back, as often as it may, or ends."""
+        if len(self.returns) < self.recipe.train.return_on_bad:
+            self.saver.wait()
+            made = self.world.first(lambda: returns.note(self.run, self.bad))
+            log.warning(
+                "%d steps in a row were not finite, up to step %d: back to step %d, and on without their %d samples (%s)",
+                len(self.bad), step, made["to"], len(made["sample_ids"]), self.run / returns.FILE,
+            )  # fmt: skip
+            raise returns.Return
+        raise self.world.refuse(
+            f"{len(self.bad)} steps in a row had a loss or gradient that is not finite, up to step {step}; "
+            "a lower train.lr_per_256, train.clip_norm=1 or train.precision=fp32 would be next to try"
+        )
 
     def _check(self, record: Record | None) -> None:
         """Held-out loss, health, and pictures of what the objective makes now. Every rank looks at all of it, since a sharded
@@ -425,7 +464,8 @@ class _Trainer:
         if self.stored is None:
             return
         checkpoint.load_into(self.stored, checkpoint.tensors_of(self.model, self.optimizer), self.world)
-        self.step = checkpoint.read_state(self.stored)["step"]
+        state = checkpoint.read_state(self.stored)
+        self.step, self.bad = state["step"], {int(step): ids for step, ids in state.get("bad", {}).items()}
         log.info("continuing from %s", self.stored)
 
     def _save(self) -> None:
@@ -439,6 +479,8 @@ class _Trainer:
             "contracts": {name: contract.model_dump(mode="json") for name, contract in self.data.contracts.items()},
             "shards": self.data.shards,
             "choices": self.chosen,
+            "bad": dict(self.bad),
+            "returns": self.returns,
             "versions": {"swath": swath.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
         self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optimizer), state)

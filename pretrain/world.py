@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -16,17 +16,19 @@ from torch import Tensor
 from swath.shards.errors import Elsewhere, InputError
 
 T = TypeVar("T")
-START = timedelta(minutes=60)  # until the first step is done: compilation, remote shards, a slow file system
+START = timedelta(minutes=60)  # that a collective may last until the first step is done: compilation, remote shards
 
 
 @dataclass(frozen=True)
 class World:
-    """`rank` of `size` processes, `local` of those of its node; everything below is done by all of them together."""
+    """`rank` of `size` processes, `local` of those of its node; everything below is done by all of them together, but for
+    `begun`. `store` is where they meet: keys and values that each may read and write at any time."""
 
     rank: int = 0
     size: int = 1
     local: int = 0
     nodes: int = 1
+    store: dist.Store | None = field(default=None, compare=False)
 
     @classmethod
     def join(cls, device: str) -> Self:
@@ -35,13 +37,29 @@ class World:
         if size == 1:
             return cls()
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=START)
+        store, rank, size = next(dist.rendezvous("env://", timeout=START))
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=START)
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        return cls(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), size // local_size)
+        own = dist.PrefixStore("swath", store)
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", "0")), size // local_size, own)
 
     def leave(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+    def allow(self, seconds: float) -> None:
+        """How long a collective that begins from now on may last."""
+        if dist.group.WORLD is not None and self.size > 1:
+            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+
+    def begun(self) -> int:
+        """How many collectives this rank has begun: where all wait for one rank, it is one behind."""
+        group: Any = dist.group.WORLD
+        if group is None or self.size == 1:
+            return 0
+        # of each backend: a group with several has no number of its own, and torch tells it nowhere in public
+        return sum(group._get_backend(kind)._get_sequence_number_for_group() for kind in group._device_types)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -90,6 +108,11 @@ class World:
             return torch.device("cpu")
         torch.cuda.set_device(self.local)
         return torch.device("cuda", self.local)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether this is what a collective raises because another rank is gone or late; gloo's have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 ALONE = World()

@@ -13,9 +13,11 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["swath.pretrain.trainer", "swath.pretrain.objectives"])
 
 
-def run(size: int, work: Callable[..., Any], *args: Any, seconds: float = 120, said: Path | None = None) -> list[int]:
-    """The exit codes of `size` ranks that call `work(*args)`; all are ended when the first one fails, as torchrun does. What they
-    print to stderr is appended to `said`."""
+def run(
+    size: int, work: Callable[..., Any], *args: Any, seconds: float = 120, grace: float = 5, said: Path | None = None
+) -> list[int]:  # fmt: skip
+    """The exit codes of `size` ranks that call `work(*args)`; where one fails the others are ended after `grace` seconds, as
+    torchrun does. What they print to stderr is appended to `said`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +33,7 @@ def run(size: int, work: Callable[..., Any], *args: Any, seconds: float = 120, s
             waiting.pop(sentinel)
         if failed:
             for rank in waiting.values():
-                rank.join(5)  # its own error, if it has one
+                rank.join(grace)  # its own error, if it has one
                 rank.kill()
     for rank in ranks:
         rank.join()

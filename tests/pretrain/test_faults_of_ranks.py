@@ -1,0 +1,415 @@
+"""What becomes of a run when a rank hangs, dies or fails, or its disk or clock does: who is named, who ends first, and that
+nothing is lost. docs/reliability.md is the table of all faults; each row names its test.
+"""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from swath.launch.cli import main
+from swath.launch.jobs.local import run_here
+from swath.pretrain import owner, trainer, watch
+from swath.pretrain.config import read_recipe
+from swath.pretrain.record import read_lines
+from swath.pretrain.trainer import pretrain
+from swath.pretrain.world import World, is_echo
+from swath.shards.errors import InputError
+from swath.shards.reader import ShardReader
+from tests.ranks import run
+from tests.shard_folders import make_shards
+
+RECIPE = """
+backbone: {name: vit_tiny_patch8, width: 24, depth: 1, heads: 3}
+objective: {name: mae, decoder_width: 24, decoder_depth: 1, decoder_heads: 3}
+train: {global_batch: 12, max_steps: 8, precision: fp32, device: cpu, threads: 1, hang_after: 1.2}
+checkpoint: {every: 2}
+health: {every: 100, samples: 8}
+"""
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("faults") / "shards", samples=40)
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that nothing happens to."""
+    place = tmp_path_factory.mktemp("whole") / "run"
+    train(place, shards)
+    return losses(place)
+
+
+def losses(place: Path) -> list[float]:
+    rows = read_lines(place / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "each step once"
+    return [row["loss"] for row in rows]
+
+
+def train(place: Path, shards: Path, *overrides: str) -> None:
+    pretrain(read_recipe(RECIPE, [f"run.dir={place}", f"data.train={shards}", *overrides], name="test"))
+
+
+def command(place: Path, shards: Path) -> None:
+    """As a user sees it: one line and an exit code."""
+    (place.parent / "recipe.yaml").write_text(RECIPE)
+    os._exit(main(["pretrain", str(place.parent / "recipe.yaml"), f"run.dir={place}", f"data.train={shards}"]))
+
+
+# --- in a step ---
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def stop() -> None:
+    """As a machine that is swapping, or a debugger: not even the watch comes to run."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise RuntimeError("of its own")
+
+
+def pause() -> None:
+    """Stopped for longer than a hang lasts, and continued."""
+    subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 2.5; kill -CONT {os.getpid()}"])
+    time.sleep(0.5)
+
+
+def asked() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def asked_to_end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def clock_back() -> None:
+    true = time.time
+    time.time = lambda: true() - 1e7  # type: ignore[assignment]
+
+
+def clock_ahead() -> None:
+    true = time.time
+    time.time = lambda: true() + 1e7  # type: ignore[assignment]
+
+
+DATA = "data"
+COLLECTIVE = "the exchange of numbers"
+
+
+def with_fault(
+    place: Path, shards: Path, fault: Callable[[], None], rank: int = 0, *overrides: str, hold: float = 60, when: str = DATA
+) -> None:
+    """Trains; in the third step, when it comes to something, something happens to one rank."""
+    watch.HOLD = trainer.HOLD = hold
+    at = watch.Watch.at
+
+    def watched(self: watch.Watch, what: str, step: int) -> None:
+        at(self, what, step)
+        if (what, step, self.world.rank) == (when, 3, rank):
+            fault()
+
+    watch.Watch.at = watched  # type: ignore[method-assign]
+    train(place, shards, *overrides)
+
+
+def in_collective(place: Path, shards: Path, fault: Callable[[], None], rank: int) -> None:
+    with_fault(place, shards, fault, rank, when=COLLECTIVE)
+
+
+def not_held(place: Path, shards: Path, fault: Callable[[], None], rank: int) -> None:
+    with_fault(place, shards, fault, rank, hold=0.5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=slow)])
+def test_a_rank_that_hangs_is_named_and_ends_first(strategy: str, shards: Path, tmp_path: Path) -> None:
+    said, place = tmp_path / "said", tmp_path / "run"
+    assert run(3, with_fault, place, shards, hang, 1, f"train.strategy={strategy}", grace=0.5, said=said) == [-9, 1, -9]
+    words = said.read_text()
+    assert "late: rank 1 at data of step 3 for 1 s; rank 0 waits at forward and backward of step 3" in words
+    assert "Traceback" not in words
+    stacks = [(place / f"hang-rank-{rank:05d}.txt").read_text() for rank in range(3)]
+    assert "rank 1 of 3" in stacks[1] and "at data of step 3" in stacks[1] and "in hang\n" in stacks[1]
+    assert all("at forward and backward of step 3" in stacks[rank] and "in _one_step" in stacks[rank] for rank in (0, 2))
+
+
+@slow
+def test_a_rank_that_hangs_before_a_collective_is_named(shards: Path, tmp_path: Path) -> None:
+    """All are at the same thing; only the number of collectives tells them apart."""
+    said = tmp_path / "said"
+    assert run(2, in_collective, tmp_path / "run", shards, hang, 1, grace=0.5, said=said) == [-9, 1]
+    assert f"late: rank 1 at {COLLECTIVE} of step 3" in said.read_text()
+
+
+@slow
+def test_the_others_end_by_themselves(shards: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(2, not_held, tmp_path / "run", shards, hang, 0, grace=20, said=said) == [1, 1]
+    assert said.read_text().count("late: rank 0 at data of step 3") == 2
+
+
+@slow
+def test_a_rank_that_does_not_answer_is_named(shards: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(2, with_fault, tmp_path / "run", shards, stop, 1, grace=0.5, said=said) == [1, -9]
+    assert "late: rank 1 does not answer; rank 0 waits at forward and backward of step 3" in said.read_text()
+
+
+@slow
+def test_one_process_that_hangs_ends_too(shards: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(1, with_fault, tmp_path / "run", shards, hang, said=said) == [1]
+    assert "late: rank 0 at data of step 3" in said.read_text()
+    assert "in hang\n" in (tmp_path / "run" / "hang-rank-00000.txt").read_text()
+
+
+@slow
+def test_a_process_that_was_stopped_for_a_while_goes_on(shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    assert run(1, with_fault, tmp_path / "run", shards, pause) == [0]
+    assert losses(tmp_path / "run") == whole and not list((tmp_path / "run").glob("hang*"))
+
+
+@pytest.mark.parametrize(
+    ("work", "fault", "code"),
+    [(with_fault, die, -9), pytest.param(with_fault, fail, 1, marks=slow), pytest.param(in_collective, die, -9, marks=slow)],
+)
+def test_a_dead_rank_ends_the_run_with_its_own_error(work: Any, fault: Any, code: int, shards: Path, tmp_path: Path) -> None:
+    """The others wait to be ended, and have no error of their own to show."""
+    said = tmp_path / "said"
+    began = time.monotonic()
+    assert run(3, work, tmp_path / "run", shards, fault, 1, grace=0.5, said=said) == [-9, code, -9]
+    assert time.monotonic() - began < 30
+    words = said.read_text()
+    assert words.count("a collective failed, since another rank ended or was late") == 2
+    assert words.count("Traceback") == words.count("\nRuntimeError: of its own\n") == (fault is fail)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.pretrain import test_faults_of_ranks as faults
+place, shards, fault = sys.argv[1:]
+faults.with_fault(Path(place), Path(shards), getattr(faults, fault), 1, hold=20)
+"""
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        ("die", 137, "killed by SIGKILL"),
+        ("fail", 1, "RuntimeError: of its own"),
+        ("hang", 1, "nothing moves, late: rank 1 at data"),
+    ],
+)
+def test_the_launcher_names_the_rank_whose_fault_it_was(
+    fault: str, code: int, words: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = [str(tmp_path / "run"), str(shards), fault]
+    assert run_here("program", given, processes=2, logs=tmp_path / "logs") == code
+    told = json.loads(next((tmp_path / "logs").glob("failure-*.json")).read_text())
+    assert told["rank"] == 1 and words in told["message"]
+
+
+@slow
+@pytest.mark.parametrize("ask", [asked, asked_to_end])
+def test_a_signal_to_one_rank_stops_all_of_them(ask: Any, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    """They agree in the exchange of the step after the one in hand."""
+    place = tmp_path / "run"
+    assert run(2, with_fault, place, shards, ask, 1) == [0, 0]
+    assert (place / "checkpoints" / "latest").read_text() == "step-00000004"
+    assert run(1, train, place, shards) == [0]
+    assert losses(place) == pytest.approx(whole, rel=2e-5)  # sums in another order, as in test_ranks.py
+
+
+@slow
+@pytest.mark.parametrize("jump", [clock_back, clock_ahead])
+def test_a_clock_that_jumps_changes_nothing(jump: Any, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    assert run(1, with_fault, tmp_path / "run", shards, jump) == [0]
+    assert losses(tmp_path / "run") == whole
+
+
+def late(seconds: float) -> None:
+    world = World.join("cpu")
+    world.allow(0.5)
+    if world.rank == 1:
+        time.sleep(seconds)
+        os._exit(0)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="Timed out waiting 500ms") as caught:
+        world.sum(torch.ones(1))
+    assert is_echo(caught.value) and time.monotonic() - began < seconds and dist.is_initialized()
+    os._exit(0)
+
+
+@slow
+def test_a_collective_may_last_as_long_as_was_said(tmp_path: Path) -> None:
+    assert run(2, late, 1.5) == [0, 0]
+
+
+def test_time_outs_are_long_until_the_first_step_of_a_size(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers are read a step later, when the device has done the step; then, and not before, is it short."""
+    said: list[tuple[str, int, bool]] = []
+    monkeypatch.setattr(watch.Watch, "allow", lambda self, *, long: said.append((self._doing.what, self._doing.step, long)))
+    stages = "train.stages=[{size: 16, epochs: 0.9}, {size: 32, epochs: 0.6}]"
+    train(tmp_path / "run", shards, stages, "train.max_steps=null", "checkpoint.every=100")
+    read = "reading the numbers"
+    assert said == [(read, 1, False), (read, 2, False), (read, 2, True), (read, 3, False), (read, 4, False), (read, 5, False)]
+
+
+# --- in a save ---
+
+POINTS = {
+    "before": ("os.mkdir", ".step-00000004.partial"),
+    "tensors": ("open", ".step-00000004.partial/tensors/__0_0.distcp"),
+    "metadata": ("open", ".step-00000004.partial/tensors/.metadata"),
+    "state": ("open", "state.json.partial"),
+    "marker": ("open", ".complete.partial"),
+    "name": ("os.rename", ".step-00000004.partial"),
+    "latest": ("open", ".latest.partial"),
+    "old ones": ("shutil.rmtree", "checkpoints/step-00000002"),
+}
+
+
+def at_point(place: Path, shards: Path, point: tuple[str, str], fault: Callable[[], None], rank: int = 0) -> None:
+    """Trains; from the third step on, whenever this is about to be done to a file of this name, something happens."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == point[0] and any(isinstance(arg, str | os.PathLike) and point[1] in str(arg) for arg in args):
+            fault()
+
+    def begin() -> None:
+        if int(os.environ["RANK"]) == rank:
+            sys.addaudithook(hook)
+
+    with_fault(place, shards, begin, rank)
+
+
+@slow
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_in_a_save(point: str, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    place = tmp_path / "run"
+    assert run(1, at_point, place, shards, POINTS[point], die) == [-9]
+    assert run(1, train, place, shards) == [0]
+    assert losses(place) == whole
+    assert not list((place / "checkpoints").glob(".*")), "what was half there is gone"
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_killed_in_a_save(rank: int, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    place = tmp_path / "run"
+    point = ("open", f".step-00000004.partial/tensors/__{rank}_0.distcp")
+    codes = run(2, at_point, place, shards, point, die, rank, grace=0.5)
+    assert codes == [-9, -9]
+    assert run(2, train, place, shards) == [0, 0]
+    assert losses(place) == pytest.approx(whole, rel=2e-5)
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_only() -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def with_disk(place: Path, shards: Path, point: tuple[str, str], fault: Callable[[], None], rank: int = 0) -> None:
+    """As a user sees it."""
+    try:
+        at_point(place, shards, point, fault, rank)
+    except InputError as error:
+        print(f"said: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("point", "fault", "words"),
+    [
+        (POINTS["tensors"], full, "no space left while writing a checkpoint in"),
+        (POINTS["latest"], full, "no space left while writing a checkpoint in"),
+        (POINTS["before"], read_only, "is not permitted (Read-only file system); choose a folder you may write"),
+    ],
+)
+def test_a_disk_that_fails(point: Any, fault: Any, words: str, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    """One line, and the same command continues once the disk is in order."""
+    said, place = tmp_path / "said", tmp_path / "run"
+    assert run(1, with_disk, place, shards, point, fault, said=said) == [2]
+    lines = [line for line in said.read_text().splitlines() if line.startswith("said: ")]
+    assert len(lines) == 1 and words in lines[0]
+    assert run(1, train, place, shards) == [0]
+    assert losses(place) == whole
+
+
+@slow
+def test_one_rank_whose_disk_is_full_ends_all(shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    said, place = tmp_path / "said", tmp_path / "run"
+    point = ("open", ".step-00000004.partial/tensors/__1_0.distcp")
+    assert run(2, with_disk, place, shards, point, full, 1, said=said) == [2, 2]
+    assert "no space left while writing a checkpoint" in said.read_text() and "Traceback" not in said.read_text()
+    assert run(2, train, place, shards) == [0, 0]
+    assert losses(place) == pytest.approx(whole, rel=2e-5)
+
+
+# --- the loader, the lease ---
+
+
+@slow
+def test_a_damaged_sample_is_told_once_by_the_rank_that_meets_it(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "shards", samples=40)
+    path = folder / "shard-000001.tar"
+    raw = bytearray(path.read_bytes())
+    raw[int(ShardReader(folder).index.members[20, 0]["offset"]) + 300] ^= 1
+    path.write_bytes(raw)
+    said = tmp_path / "said"
+    codes = run(2, command, tmp_path / "run", folder, grace=0.5, said=said)
+    assert sorted(codes) == [-9, 2], codes
+    lines = [line for line in said.read_text().splitlines() if line.startswith("swath pretrain: ")]
+    assert len(lines) == 1 and "sample chip20" in lines[0] and "Traceback" not in said.read_text()
+
+
+@pytest.mark.parametrize("clock", [-1e5, 1e5])
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lease_is_judged_by_its_beats_where_clocks_differ(
+    clock: float, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process on another machine, whose clock is a day off, holds the run for as long as it gives signs of life."""
+    monkeypatch.setattr(owner, "BEAT", 0.01)
+    lease = tmp_path / "owner.json"
+
+    def beat(number: int) -> None:
+        owner.write_json(lease, {"host": "elsewhere", "pid": 1, "started": "0", "beat": time.time() + clock + number})
+
+    beat(0)
+    monkeypatch.setattr(owner.time, "sleep", lambda seconds: beat(1) if alive else None)
+    if alive:
+        with pytest.raises(InputError, match="owned by process 1 on elsewhere"):
+            owner.Owner(tmp_path).__enter__()
+        assert json.loads(lease.read_text())["host"] == "elsewhere"
+    else:
+        with owner.Owner(tmp_path):
+            assert json.loads(lease.read_text())["pid"] == os.getpid()
