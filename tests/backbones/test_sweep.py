@@ -142,7 +142,10 @@ def test_recomputation_and_autocast(name: str) -> None:
         assert torch.isfinite(backbone(x).pooled).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+PYRAMIDS = [name for name, build in FAMILIES.items() if not build.traits]  # the longest to trace
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in PYRAMIDS[1:] else n for n in FAMILIES])
 def test_compile_and_export(name: str) -> None:
     backbone = small(name).eval()
     x = images(backbone)

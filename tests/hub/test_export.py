@@ -158,12 +158,14 @@ def test_what_is_no_backbone_is_refused(folder: Path, tmp_path: Path) -> None:
         load_backbone(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_export_can_be_exported_again(folder: Path, tmp_path: Path) -> None:
     again = export(folder, tmp_path / "again")
     for path in folder.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_class_pooled_backbone_of_digital_numbers_exports(tmp_path: Path) -> None:
     names = (np.array(["B04", "B03", "B02"])).tolist()
     to = write_export(loaded(contract(*names, unit="digital number", nodata=None), pool="class"), tmp_path / "rgb")

@@ -14,7 +14,10 @@ from tests.kernels.test_scan import CASES, Given, canonical, compare, inputs, ou
 pytest.importorskip("triton")
 launcher = importlib.import_module("swath.kernels.scan.triton")
 
-SLOW = ("length 197", "64 states", "4 groups", "directions", "an order per direction")  # for the interpreter
+SLOW = (
+    "length 197", "64 states", "4 groups", "directions", "an order per direction", "directions apart", "packed backwards",
+    "an order per sample", "an order per direction and sample",
+)  # for the interpreter  # fmt: skip
 
 
 def single(given: Given) -> Given:
@@ -41,7 +44,10 @@ def test_equals_the_reference_at_length(name: str) -> None:
     check(single(given), options)
 
 
-@pytest.mark.parametrize("name", ["length 37", "mask", "packed", "packed backwards", "directions apart"])
+@pytest.mark.parametrize(
+    "name",
+    ["length 37", "packed", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mask", "packed backwards", "directions apart"))],
+)
 def test_segments_of_long_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_SHORTEST", 16)
     monkeypatch.setattr(launcher, "_ENOUGH", 64)

@@ -100,7 +100,8 @@ def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 @pytest.mark.parametrize(
     ("model", "strategy", "size"),
-    [("mae", "ddp", 2), ("mae", "ddp", 4), ("mae", "fsdp", 2), ("roma", "ddp", 2), ("roma", "fsdp", 2), ("latent", "fsdp", 2)],
+    [("mae", "ddp", 2), ("mae", "ddp", 4), ("mae", "fsdp", 2), ("roma", "fsdp", 2)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("roma", "ddp", 2), ("roma", "ddp", 4), ("latent", "fsdp", 2))],
 )
 def test_ranks_train_what_one_process_does(
     model: str, strategy: str, size: int, alone: dict[str, Path], shards: Path, tmp_path: Path

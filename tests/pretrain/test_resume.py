@@ -133,8 +133,8 @@ def test_second_owner_is_refused(finished: Path) -> None:
     ("override", "message"),
     [
         ("train.lr_per_256=0.5", "train.lr_per_256: 0.01 in the run, 0.5 now"),
-        ("run.seed=6", "run.seed: 5 in the run, 6 now"),
-        ("backbone.depth=4", "backbone.depth: 3 in the run, 4 now"),
+        pytest.param("run.seed=6", "run.seed: 5 in the run, 6 now", marks=pytest.mark.slow),
+        pytest.param("backbone.depth=4", "backbone.depth: 3 in the run, 4 now", marks=pytest.mark.slow),
     ],
 )
 def test_other_configuration_is_refused_with_a_diff(finished: Path, override: str, message: str) -> None:

@@ -415,6 +415,7 @@ def test_colours_by_class_and_by_split(tmp_path: Path):
     assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())
 
 
+@pytest.mark.slow
 def test_a_million_samples_are_counted_by_cell_in_seconds(tmp_path: Path):
     count = 1_000_000
     lat, lon = RNG.normal(0, 20, count).clip(-90, 90), RNG.normal(100, 60, count)

@@ -148,7 +148,7 @@ def test_ranks_together_are_one(reader: ShardReader, world: int, micro: int):
         assert torch.equal(ids, torch.cat([b.id for b in alone[3 * step : 3 * step + 3]]))
 
 
-@pytest.mark.parametrize("shuffle", range(6))
+@pytest.mark.parametrize("shuffle", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 6))])
 def test_a_run_may_be_cut_and_continued_at_will(shuffle: int):
     """Each of 30 runs stops twice and goes on with other ranks, workers and micro-batches: the samples, their visits and the
     draws of each are those of the order, once each."""
