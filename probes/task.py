@@ -1,0 +1,88 @@
+"""What a probe task is: a function that registers itself, what it is given, and what it returns.
+
+A task is one file in `probes/tasks/`, found by itself; `swath probe NAME` and the flags of its options follow from it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+from swath.backbones.base import nearest
+from swath.hub.load import Loaded
+from swath.shards.errors import InputError
+from swath.shards.reader import ShardReader
+
+
+@dataclass
+class Bench:
+    """What a task works on: the frozen backbone, and readers of "train", "test" and, where it is given, "val", whose contracts
+    have been compared with the backbone's. `seed` is of every random choice."""
+
+    loaded: Loaded
+    readers: dict[str, ShardReader]
+    seed: int = 0
+    progress: bool = True
+
+
+@dataclass
+class Row:
+    """One line of the table. metrics: shares of 1, None where undefined; interval: 95 %, of those metrics that have one."""
+
+    name: str
+    metrics: dict[str, float | None]
+    interval: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """rows: the backbone first (named "backbone"), then what it must be compared with ("random initialisation", "statistics",
+    "from scratch", …); the first metric is the task's own. settings: what was chosen or given; details: JSON of what more there
+    is (confusion, recall); pictures: by file name without its ending."""
+
+    rows: list[Row]
+    settings: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Image] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """`options` is a dataclass with defaults; each field's metadata has "help", and becomes a flag of `swath probe NAME`."""
+
+    name: str
+    run: Callable[[Bench, Any], Result]
+    options: type
+    help: str
+
+
+_tasks: dict[str, Task] = {}
+
+
+def task(name: str, options: type, help: str) -> Callable[[Callable[[Bench, Any], Result]], Callable[[Bench, Any], Result]]:
+    """Decorator of a function (bench, options) → Result."""
+
+    def add(run: Callable[[Bench, Any], Result]) -> Callable[[Bench, Any], Result]:
+        _tasks[name] = Task(name, run, options, help)
+        return run
+
+    return add
+
+
+def tasks() -> dict[str, Task]:
+    """All of them, by name."""
+    from swath.probes import tasks as folder
+
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
+    return dict(sorted(_tasks.items()))
+
+
+def task_called(name: str) -> Task:
+    """InputError, with the nearest name, where there is none."""
+    if (found := tasks().get(name)) is None:
+        raise InputError(f"no probe is called {name!r}{nearest(name, sorted(_tasks))}; there are {', '.join(sorted(_tasks))}")
+    return found
