@@ -87,7 +87,7 @@ CASES = (
 DATA = {
     "rgb": "EuroSAT RGB, 64 px; 18,665 train, 2,717 val, 5,618 test, split by half-degree blocks",
     "scenes12": "synthetic Sentinel-2 without B10, 64 px; 24, 10 and 14 scenes for train, val and test; a scene is a block",
-    "scenes10": "synthetic Sentinel-2 without B1, B9 and B10, otherwise as scenes12",
+    "scenes10": "synthetic Sentinel-2 without B1, B9 and B10, 32 px, otherwise as scenes12",
     "salinas": "SalinasA, 204 bands: 8 px chips of most of one class, in blocks of 12 px that lie 2 px apart",
     "jasper": "JasperRidge, 198 bands, class of the largest mean abundance, otherwise as salinas",
     "scene": "one Sentinel-2 scene of 12 bands, 48 px, without labels: reconstruction and health only",
@@ -180,7 +180,7 @@ def make(data: str, args: argparse.Namespace) -> Path:
         shard(args.rgb, out, split=args.split)
     elif data == "scenes10":
         split = scenes(given / "scenes")
-        shard(some_bands(given / "scenes" / "all", given / data, ("B01", "B09", "B10")), out, split=split)
+        shard(some_bands(given / "scenes" / "all", given / data, ("B01", "B09", "B10")), out, split=split, options=Options(chip=32))
     elif data == "scenes12":
         split = scenes(given / "scenes")
         shard(some_bands(given / "scenes" / "all", given / data, ("B10",)), out, split=split)
