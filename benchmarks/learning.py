@@ -179,8 +179,8 @@ def make(data: str, args: argparse.Namespace) -> Path:
     if data == "rgb":
         shard(args.rgb, out, split=args.split)
     elif data == "scenes10":
-        split = scenes(given / "scenes")
-        shard(some_bands(given / "scenes" / "all", given / data, ("B01", "B09", "B10")), out, split=split, options=Options(chip=32))
+        split, ten = scenes(given / "scenes"), some_bands(given / "scenes" / "all", given / data, ("B01", "B09", "B10"))
+        shard(ten, out, split=split, options=Options(chip=32))
     elif data == "scenes12":
         split = scenes(given / "scenes")
         shard(some_bands(given / "scenes" / "all", given / data, ("B10",)), out, split=split)
