@@ -154,7 +154,7 @@ def tensors(folder: Path, name: str, ranks: int, rank: int) -> dict[str, Any]:
     size = (224, 224)
     with torch.device("meta"):
         model = build.model(recipe, data, size, size)
-    FSDP(model, World(rank, ranks, rank % OF_NODE, max(1, ranks // OF_NODE)), torch.device("cpu"))
+    FSDP(model, recipe.train, World(rank, ranks, rank % OF_NODE, max(1, ranks // OF_NODE)), torch.device("cpu"))
     held = {f"model.{name}": value for name, value in model.state_dict().items()}
     for key, parameter in model.named_parameters():
         moments = {f"optimizer.{key}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
