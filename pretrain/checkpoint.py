@@ -335,7 +335,7 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its state without moving anything, by a step that is skipped, so that a checkpoint can be loaded into it.
+    """Give every parameter its state by a step that is skipped, and moves nothing, so that a checkpoint can be loaded into it.
 
     A parameter may wait for its first gradient: the head of a modality that comes late. Its state is saved like the others'.
     """

@@ -58,7 +58,7 @@ class Forecast:
             ),
             f"length       {steps} steps, {self.epochs:.2f} epochs",
             f"memory       {_size(self.memory)} a rank: {_size(self.weights)} weights, gradients and moments, "
-            + (f"{_size(self.gathered)} gathered blocks, " if self.gathered else "")
+            + (f"{_size(self.gathered)} gathered or exchanged at once, " if self.gathered else "")
             + f"{_size(self.activations)} activations in fp32 (bf16: about half); without what "
             "libraries and the allocator take",
             f"checkpoint   {_size(self.checkpoint)}",
@@ -117,9 +117,12 @@ def _held(model: Objective, train: config.Train, ranks: int) -> tuple[int, int]:
     if ranks == 1 or train.strategy == "ddp":
         return everything + 3 * trained, 0
     if train.strategy == "fsdp":  # rows are dealt out; the unit in use, and the one that is fetched meanwhile
-        rows = [(math.ceil(p.shape[0] / ranks) * p[0].numel() if p.ndim else 1, 4 if p.requires_grad else 1) for p in model.parameters()]
+        rows = [
+            (math.ceil(p.shape[0] / ranks) * p[0].numel() if p.ndim else 1, 4 if p.requires_grad else 1)
+            for p in model.parameters()
+        ]
         return sum(size * copies for size, copies in rows), 2 * max([*blocks, outside])
-    part = math.ceil(trained / ranks)  # of weights that are updated, and of both moments; DeepSpeed's weights to compute with are apart
+    part = math.ceil(trained / ranks)  # DeepSpeed updates weights apart from those that it computes with
     if train.zero == 3:
         return 5 * part, outside + 2 * max(blocks, default=0)
     return everything + 3 * part + (trained if train.zero == 1 else part), min(trained, BUCKET)

@@ -1,4 +1,4 @@
-"""What ranks hold of a tensor that was flattened and cut into runs, in the terms of torch.distributed.checkpoint, which knows boxes."""
+"""What ranks hold of a tensor that was flattened and cut into runs, told to torch.distributed.checkpoint, which knows boxes."""
 
 import math
 from collections.abc import Iterator
@@ -81,9 +81,7 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)  # a flat dictionary it is
 
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """Without the default's look into every value, which would take a piece apart."""
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator

@@ -112,9 +112,7 @@ class FSDP(Strategy):
         self.shards.reshard()  # after a forward pass without a backward one the root's weights stay gathered, and grow old
 
 
-def strategy(
-    model: Objective, train: Train, world: World, device: torch.device, precision: str, *, unused: bool
-) -> Strategy:
+def strategy(model: Objective, train: Train, world: World, device: torch.device, precision: str, *, unused: bool) -> Strategy:
     """The strategy of a run: `ddp`, `fsdp` or `deepspeed`."""
     if world.size == 1:
         return Strategy(model, train)

@@ -1,6 +1,7 @@
 """Runs of a flattened tensor as boxes, and through a checkpoint."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +23,7 @@ def test_boxes_hold_a_run_of_elements_in_order(shape: tuple[int, ...]) -> None:
         for last in range(first, whole.numel() + 1):
             made = boxes(shape, first, last)
             parts = [whole[tuple(slice(o, o + s) for o, s in zip(*box, strict=True))].flatten() for box in made]
-            assert torch.cat([*parts, torch.zeros(0, dtype=int)]).tolist() == list(range(first, last))
+            assert torch.cat([*parts, torch.zeros(0, dtype=torch.int64)]).tolist() == list(range(first, last))
             assert len(made) <= max(1, 2 * len(shape) - 1)
 
 
@@ -31,7 +32,7 @@ def test_pieces_are_read_from_any_checkpoint(cuts: list[int], tmp_path: Path) ->
     """What a run of another strategy wrote whole, or in rows, comes in runs of elements."""
     whole = torch.randn(3, 4, 5)
     checkpoint.save(tmp_path, 1, {"a": whole}, {}, keep=1, permanent_every=None)
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         piece = Piece(torch.zeros(last - first), whole.shape, first)
         checkpoint.load_into(tmp_path / checkpoint.FOLDER / checkpoint.name_of(1), {"a": piece})
         assert torch.equal(piece.values, whole.flatten()[first:last])

@@ -9,8 +9,9 @@ import os
 import random
 import signal
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,16 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of one process; what they were given beside them."""
-    found = {}
-    for model in MODELS:
-        found[model] = tmp_path_factory.mktemp("alone") / model
-        (found[model].parent / "seen").mkdir()
-        assert run(1, train, recipe(found[model], shards, model), found[model].parent / "seen") == [0]
+def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model → the run of one process, once; what it was given lies beside it."""
+
+    @cache
+    def found(model: str) -> Path:
+        place = tmp_path_factory.mktemp("alone") / model
+        (place.parent / "seen").mkdir()
+        assert run(1, train, recipe(place, shards, model), place.parent / "seen") == [0]
+        return place
+
     return found
 
 
@@ -140,19 +144,19 @@ CASES = [(model, name, size) for model in ("mae", "roma") for name in STRATEGIES
     ("model", "strategy", "size"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_ranks_train_what_one_process_does(
-    model: str, strategy: str, size: int, alone: dict[str, Path], shards: Path, tmp_path: Path
+    model: str, strategy: str, size: int, alone: Callable[[str], Path], shards: Path, tmp_path: Path
 ) -> None:
     needs(strategy)
     (tmp_path / "seen").mkdir()
     micro = 1 if size == 2 else None  # with accumulation
     text = recipe(tmp_path / "run", shards, model, **STRATEGIES[strategy], micro_batch=micro)
     assert run(size, train, text, tmp_path / "seen") == [0] * size
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone[model]), rel=BOUND)
-    ours, theirs = weights(tmp_path / "run"), weights(alone[model])
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone(model)), rel=BOUND)
+    ours, theirs = weights(tmp_path / "run"), weights(alone(model))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, atol=1e-3, rtol=1e-3), name
-    assert given(tmp_path / "seen") == given(alone[model].parent / "seen"), "the same samples in the same order, the same draws"
+    assert given(tmp_path / "seen") == given(alone(model).parent / "seen"), "the same samples in the same order, the same draws"
     steps = [ids for ids, _ in given(tmp_path / "seen").values()]
     assert len({one for step in steps[:5] for one in step}) == 40, "an epoch is every sample once"
 
@@ -172,7 +176,7 @@ def until(text: str, step: int, killed: bool) -> None:
     assert result.stopped and result.step == step + min(2, int(os.environ["WORLD_SIZE"])), result
 
 
-def test_a_run_moves_between_worlds_and_strategies(alone: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+def test_a_run_moves_between_worlds_and_strategies(alone: Callable[[str], Path], shards: Path, tmp_path: Path) -> None:
     """1 → 4 → 2 → 1 processes, ddp → fsdp → ddp, killed or stopped each time: a step later than asked where several agree."""
     place = tmp_path / "run"
     ddp, fsdp = (recipe(place, shards, "mae", strategy=name) for name in ("ddp", "fsdp"))
@@ -181,7 +185,7 @@ def test_a_run_moves_between_worlds_and_strategies(alone: dict[str, Path], shard
     assert run(4, until, fsdp, 6, False) == [0] * 4  # stops at step 8
     assert set(run(2, until, ddp, 9, True)) == {-signal.SIGKILL}
     assert run(2, train, fsdp) == [0] * 2
-    assert losses(place) == pytest.approx(losses(alone["mae"]), rel=BOUND)
+    assert losses(place) == pytest.approx(losses(alone("mae")), rel=BOUND)
 
 
 def killed(text: str, seen: Path, where: tuple[str, int] | None, rank: int) -> None:
@@ -201,6 +205,7 @@ PLACES = ("data", "forward and backward", "the exchange of numbers", "reading th
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("model", "seed", "legs"),
     [
@@ -209,10 +214,10 @@ PLACES = ("data", "forward and backward", "the exchange of numbers", "reading th
     ],
 )
 def test_a_run_killed_at_random_on_the_way_sees_every_sample_once(
-    model: str, seed: int, legs: Sequence[tuple[int, str]], alone: dict[str, Path], shards: Path, tmp_path: Path
+    model: str, seed: int, legs: Sequence[tuple[int, str]], alone: Callable[[str], Path], shards: Path, tmp_path: Path
 ) -> None:
-    """1 → 4 → 2 processes, one of them killed each time; steps after the last whole checkpoint are done again, with the same samples,
-    and count once."""
+    """1 → 4 → 2 processes, one of them killed each time. Steps after the last whole checkpoint are done again, with the same
+    samples, and count once."""
     needs(*(name for _, name in legs))
     chance = random.Random(seed)
     for leg, (size, name) in enumerate(legs):
@@ -220,10 +225,10 @@ def test_a_run_killed_at_random_on_the_way_sees_every_sample_once(
         seen.mkdir()
         where = None if leg == len(legs) - 1 else (chance.choice(PLACES), chance.randint(2 + 3 * leg, 4 + 3 * leg))
         text = recipe(tmp_path / "run", shards, model, **STRATEGIES[name])
-        codes = run(size, killed, text, seen, where, chance.randrange(size), grace=0.5)
+        codes = run(size, killed, text, seen, where, chance.randrange(size), grace=0.5, seconds=300)
         assert codes == [0] * size if where is None else -signal.SIGKILL in codes, (leg, where, codes)
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone[model]), rel=BOUND)
-    whole = given(alone[model].parent / "seen")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone(model)), rel=BOUND)
+    whole = given(alone(model).parent / "seen")
     for leg in range(len(legs)):
         assert all(done == whole[step] for step, done in given(tmp_path / f"seen{leg}").items())
     samples = [one for ids, _ in whole.values() for one in ids]
