@@ -1,6 +1,6 @@
 """ZeRO, by DeepSpeed: a rank keeps and updates its part of the optimiser's state (stage 1), of the gradients too (2), of the
-weights too (3). DeepSpeed cuts, exchanges and gathers; what a step means stays ours: the norm, the clipping and the skipping of a step
-are handed to our AdamW, which steps on the rank's part, and precision is autocast over fp32 weights, as everywhere.
+weights too (3). DeepSpeed cuts, exchanges and gathers; what a step means stays ours: the norm, the clipping and the skipping of a
+step are handed to our AdamW, which steps on the rank's part, and precision is autocast over fp32 weights, as everywhere.
 """
 
 import logging
@@ -138,7 +138,7 @@ def _engine(
         raise world.refuse("train.strategy deepspeed needs DeepSpeed: pip install 'swath[deepspeed]'") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # it calls what torch has new names for
-    vars(deepspeed.ops)["__compatible_ops__"] = {}  # it would compile an exchange of its own for CPUs
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}  # it would compile an exchange of its own for CPUs
     groups._WORLD_GROUP = dist.group.WORLD  # and make groups that neither our time-outs nor the watch know of
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
