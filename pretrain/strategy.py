@@ -89,16 +89,21 @@ class DDP(Strategy):
                 yield
 
 
+def shard(model: Objective, world: World, device: torch.device) -> FSDPModule:
+    """The model, of which every rank now has its shards."""
+    mesh = init_device_mesh(device.type, (world.size,))
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model, FSDPModule)
+    return model
+
+
 class FSDP(Strategy):
     """Every block's weights, and all others as one more, are sharded over the ranks and gathered where they are used."""
 
     def __init__(self, model: Objective, train: Train, world: World, device: torch.device) -> None:
-        mesh = init_device_mesh(device.type, (world.size,))
-        for block in model.blocks():
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert isinstance(model, FSDPModule)
-        self.shards: FSDPModule = model
+        self.shards = shard(model, world, device)
         super().__init__(model, train)
 
     @contextmanager

@@ -1,19 +1,14 @@
 """Runs of a flattened tensor as boxes, and through a checkpoint."""
 
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
-from torch import nn
 
 from swath.pretrain import checkpoint
 from swath.pretrain.pieces import Held, Piece, boxes
-from swath.pretrain.world import ALONE
-from swath.pretrain.zero import _engine, _Told
-from swath.shards.errors import InputError
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (1, 4), (4, 1), (2, 3, 4), (3, 1, 2, 2)])
@@ -45,11 +40,3 @@ def test_a_piece_is_written_where_it_belongs(tmp_path: Path) -> None:
         saver.save(1, held, {})
         cast(Piece, held["a"]).values.zero_()  # training goes on
     assert torch.equal(checkpoint.read_checkpoint(tmp_path)[1]["a"], whole)
-
-
-def test_a_missing_deepspeed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())
-    with pytest.raises(InputError, match=r"needs DeepSpeed: pip install 'swath\[deepspeed\]'"):
-        _engine(cast(_Told, nn.Linear(1, 1)), optimizer, ALONE, 2, torch.device("cpu"), "fp32")
