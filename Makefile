@@ -9,7 +9,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[geo,arrays,tables,remote,gcs,hub,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[geo,arrays,tables,remote,gcs,hub,deepspeed,dev]'
 	touch $@
 
 demo: venv

@@ -46,7 +46,7 @@ from swath.pretrain import build
 from swath.pretrain.config import Recipe, read_recipe
 from swath.pretrain.data import Data
 from swath.pretrain.forecast import forecast
-from swath.pretrain.strategy import FSDP
+from swath.pretrain.strategy import shard
 from swath.pretrain.world import World
 from swath.shards import index
 from swath.shards.bands import Band, InputContract, Normalisation
@@ -154,7 +154,7 @@ def tensors(folder: Path, name: str, ranks: int, rank: int) -> dict[str, Any]:
     size = (224, 224)
     with torch.device("meta"):
         model = build.model(recipe, data, size, size)
-    FSDP(model, World(rank, ranks, rank % OF_NODE, max(1, ranks // OF_NODE)), torch.device("cpu"))
+    shard(model, World(rank, ranks, rank % OF_NODE, max(1, ranks // OF_NODE)), torch.device("cpu"))
     held = {f"model.{name}": value for name, value in model.state_dict().items()}
     for key, parameter in model.named_parameters():
         moments = {f"optimizer.{key}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}

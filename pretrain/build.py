@@ -37,7 +37,7 @@ def model(recipe: Recipe, data: Data, size: tuple[int, int], last: tuple[int, in
     for block in made.blocks():
         block.recompute = recipe.train.activation_checkpointing
         if recipe.train.compile:
-            block.compile()
+            block.compute = torch.compile(block.compute)  # what lies inside the hooks of a strategy
     return made
 
 

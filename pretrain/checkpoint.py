@@ -11,16 +11,16 @@ import logging
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import EnumType
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from swath.pretrain.world import ALONE, START, World
+from swath.pretrain.pieces import Held, LoadPlanner, Piece, WritePlanner
+from swath.pretrain.world import ALONE, World
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
 
@@ -146,8 +147,7 @@ class Saver:
 
     def __init__(self, run: Path, world: World = ALONE, *, keep: int, permanent_every: int | None) -> None:
         self._folder, self._world, self._keep, self._permanent_every = run / FOLDER, world, keep, permanent_every
-        # the thread's exchanges must not meet those of training
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START)) if world.size > 1 else None
+        self._group = world.group()  # the thread's exchanges must not meet those of training
         self._copies: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "swath-save")
         self._writing: Task[None] | None = None
@@ -158,17 +158,19 @@ class Saver:
         """Whether it is known that the last save went wrong; `wait` then raises why."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Held], state: dict[str, Any]) -> None:
         """Begin the checkpoint of `step`, once the one before is done (and raise its error). `tensors` may change when this
         returns. `latest` moves when all is written; then those go that are neither among `keep` nor permanent."""
         self.wait()
-        mine = _share(tensors, self._world)
-        for name, tensor in mine.items():
+        copies: dict[str, Held] = {}
+        for name, held in _share(tensors, self._world).items():
+            tensor = held.values if isinstance(held, Piece) else held
             if name not in self._copies:
                 self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._copies[name].copy_(tensor)
+            copy = self._copies[name].copy_(tensor)
+            copies[name] = replace(held, values=copy) if isinstance(held, Piece) else copy
         writer = _Writer(self._folder, step, state, self._keep, self._permanent_every)
-        self._writing = self._thread.submit(self._write, writer, {name: self._copies[name] for name in mine})
+        self._writing = self._thread.submit(self._write, writer, copies)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises the error of what was: InputError, of all ranks, for a disk that is full."""
@@ -176,11 +178,12 @@ class Saver:
         if writing is not None:
             writing.result()
 
-    def _write(self, writer: _Writer, tensors: dict[str, Tensor]) -> None:
+    def _write(self, writer: _Writer, tensors: dict[str, Held]) -> None:
+        alone = self._group is None
         try:
             with disk_errors("writing a checkpoint", self._folder):
                 try:
-                    dcp.save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+                    dcp.save(tensors, storage_writer=writer, planner=WritePlanner(), process_group=self._group, no_dist=alone)
                 except CheckpointException as error:  # of all ranks; the first one's own says more
                     raise next(iter(error.failures.values()))[0] from None
         except InputError as error:
@@ -198,16 +201,17 @@ class Saver:
 
 
 def save(
-    run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, permanent_every: int | None
+    run: Path, step: int, tensors: Mapping[str, Held], state: dict[str, Any], *, keep: int, permanent_every: int | None
 ) -> None:
     """One checkpoint, written when this returns."""
     with Saver(run, keep=keep, permanent_every=permanent_every) as saver:
         saver.save(step, tensors, state)
 
 
-def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this rank writes: its shards, and of what all ranks have a copy of, every `size`-th by size."""
-    copies = sorted((n for n, t in tensors.items() if not isinstance(t, DTensor)), key=lambda n: (-tensors[n].nbytes, n))
+def _share(tensors: Mapping[str, Held], world: World) -> dict[str, Held]:
+    """What this rank writes: its shards and pieces, and of what all ranks have a copy of, every `size`-th by size."""
+    copies = [(-one.nbytes, name) for name, one in tensors.items() if isinstance(one, Tensor) and not isinstance(one, DTensor)]
+    copies = [name for _, name in sorted(copies)]
     others = set(copies) - set(copies[world.rank :: world.size])
     return {name: tensor for name, tensor in tensors.items() if name not in others}
 
@@ -273,14 +277,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def load_into(path: Path, tensors: dict[str, Tensor], world: World = ALONE) -> None:
+def load_into(path: Path, tensors: Mapping[str, Held], world: World = ALONE) -> None:
     """Fill `tensors` in place from a checkpoint folder; InputError unless names and shapes are the same."""
     shapes = _shapes(path)
     wrong = sorted(n for n in shapes.keys() | tensors.keys() if n not in tensors or shapes.get(n) != tensors[n].shape)
     if wrong:
         raise InputError(f"checkpoint {path} does not fit this model: {', '.join(wrong[:5])} differ ({len(wrong)} in all)")
     _quiet()
-    dcp.load(dict(tensors), storage_reader=_Reader(path / "tensors"), no_dist=world.size == 1)
+    dcp.load(dict(tensors), storage_reader=_Reader(path / "tensors"), planner=LoadPlanner(), no_dist=world.size == 1)
 
 
 def _shapes(path: Path) -> dict[str, torch.Size]:
@@ -321,9 +325,9 @@ def read_checkpoint(path: Path | str, prefix: str = "") -> tuple[dict[str, Any],
     return read_state(path), {name[len(prefix) :]: tensor for name, tensor in made.items()}
 
 
-def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Held]:
     """Everything that a run must remember and that is a tensor, by parameter name: `model.*` and `optimizer.*`."""
-    made = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    made: dict[str, Held] = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             made[f"optimizer.{name}.{key}"] = value
@@ -331,14 +335,14 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its state without moving a weight (its rate is 0 here), so that a checkpoint can be loaded into it.
+    """Give every parameter its state by a step that is skipped, and moves nothing, so that a checkpoint can be loaded into it.
 
     A parameter may wait for its first gradient: the head of a modality that comes late. Its state is saved like the others'.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
+    one = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    optimizer.grad_scale, optimizer.found_inf = one, one  # type: ignore[attr-defined]
     optimizer.step()
-    for state in optimizer.state.values():
-        state["step"].zero_()
     optimizer.zero_grad(set_to_none=True)

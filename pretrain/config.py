@@ -85,6 +85,7 @@ class Train(Section):
 
     `stages`, in place of epochs and of data.size, are trained one after the other in one run, each with a warm-up and a decay of
     its own. Learned positions are exact at the size of the last one, whose weights are handed on, and interpolated before.
+    `strategy` says how ranks share weights; `zero` is DeepSpeed's stage: moments (1), gradients (2), weights (3) are in parts.
     After `max_bad_steps` in a row that are not finite the run ends, or, `return_on_bad` times, goes back to before them and on
     without their samples. Where a rank is at one thing (data, a collective, a save) for `hang_after` seconds all ranks end.
     """
@@ -103,7 +104,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    zero: Literal[1, 2, 3] = 2
     compile: bool = False
     activation_checkpointing: bool = False
     max_bad_steps: int = Field(default=10, ge=1)
@@ -143,8 +145,8 @@ class Recipe(Section):
 
 # What may differ when a run is continued (DESIGN §2.8); anything else would make it another run.
 MAY_CHANGE = (
-    "train.epochs", "train.max_steps", "train.micro_batch", "train.strategy", "train.hang_after", "train.return_on_bad",
-    "checkpoint.", "data.workers", "data.skip_damaged", "data.stage", "data.cache_dir", "data.cache_gb",
+    "train.epochs", "train.max_steps", "train.micro_batch", "train.strategy", "train.zero", "train.hang_after",
+    "train.return_on_bad", "checkpoint.", "data.workers", "data.skip_damaged", "data.stage", "data.cache_dir", "data.cache_gb",
 )  # fmt: skip
 
 

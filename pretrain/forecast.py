@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swath.pretrain import build, cost
+from swath.pretrain import build, config, cost
 from swath.pretrain.config import Recipe
 from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
 from swath.pretrain.stages import Stage, plan
+from swath.pretrain.zero import BUCKET
 from swath.shards.order import cut
 
 FP32 = 4  # bytes; weights, gradients and both moments of AdamW are kept in it
@@ -57,7 +58,7 @@ class Forecast:
             ),
             f"length       {steps} steps, {self.epochs:.2f} epochs",
             f"memory       {_size(self.memory)} a rank: {_size(self.weights)} weights, gradients and moments, "
-            + (f"{_size(self.gathered)} gathered blocks, " if self.gathered else "")
+            + (f"{_size(self.gathered)} gathered or exchanged at once, " if self.gathered else "")
             + f"{_size(self.activations)} activations in fp32 (bf16: about half); without what "
             "libraries and the allocator take",
             f"checkpoint   {_size(self.checkpoint)}",
@@ -89,11 +90,7 @@ def forecast(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
     assert model is not None
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sharded = train.strategy == "fsdp" and world_size > 1
-    held = sum(
-        (math.ceil(p.shape[0] / world_size) * p[0].numel() if sharded and p.ndim else p.numel()) * (4 if p.requires_grad else 1)
-        for p in model.parameters()
-    )
+    held, gathered = _held(model, train, world_size)
     return Forecast(
         samples=data.samples,
         parameters=trained,
@@ -105,16 +102,30 @@ def forecast(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         epochs=stages[-1].last * train.global_batch / data.samples,
         gflop_per_sample=tuple(flops),
         weights=held * FP32,
-        gathered=2 * _largest(model) * FP32 if sharded else 0,  # the one in use and the one that is fetched meanwhile
+        gathered=gathered * FP32,
         activations=activations,
         checkpoint=(sum(sizes.values()) + 2 * trained) * FP32,
     )
 
 
-def _largest(model: Objective) -> int:
-    """Weights of the largest unit that is gathered at once: a block, or all that is in none."""
+def _held(model: Objective, train: config.Train, ranks: int) -> tuple[int, int]:
+    """(numbers that a rank keeps of weights, gradients and both moments, those that it gathers or exchanges at once)."""
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
-    return max([*blocks, sum(p.numel() for p in model.parameters()) - sum(blocks)])
+    outside = everything - sum(blocks)
+    if ranks == 1 or train.strategy == "ddp":
+        return everything + 3 * trained, 0
+    if train.strategy == "fsdp":  # rows are dealt out; the unit in use, and the one that is fetched meanwhile
+        rows = [
+            (math.ceil(p.shape[0] / ranks) * p[0].numel() if p.ndim else 1, 4 if p.requires_grad else 1)
+            for p in model.parameters()
+        ]
+        return sum(size * copies for size, copies in rows), 2 * max([*blocks, outside])
+    part = math.ceil(trained / ranks)  # DeepSpeed updates weights apart from those that it computes with
+    if train.zero == 3:
+        return 5 * part, outside + 2 * max(blocks, default=0)
+    return everything + 3 * part + (trained if train.zero == 1 else part), min(trained, BUCKET)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -85,6 +85,9 @@ class Record:
         )
         print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for part in (self._metrics, self._health, self._events):
             part.close()

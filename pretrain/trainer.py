@@ -14,7 +14,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,6 @@ from swath.pretrain import augment, build, checkpoint, cost, health, precision, 
 from swath.pretrain.config import Recipe, refuse_changes
 from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
-from swath.pretrain.optimizer import adamw
 from swath.pretrain.owner import Owner
 from swath.pretrain.pictures import sheet
 from swath.pretrain.record import Record, finite
@@ -134,8 +133,7 @@ class _Trainer:
         self._heed(self.chosen)
         self.model = self._build()
         unused = self.chosen["unused_weights"] or len(self.data.contracts) > 1
-        self.strategy = strategy(recipe.train.strategy, self.model, world, self.device, unused=unused)
-        self.optimizer = adamw(self.model, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
+        self.strategy = strategy(self.model, recipe.train, world, self.device, self.chosen["precision"], unused=unused)
         self.saver = checkpoint.Saver(
             self.run, world, keep=recipe.checkpoint.keep, permanent_every=recipe.checkpoint.permanent_every
         )
@@ -223,21 +221,19 @@ class _Trainer:
 
     def train(self) -> Result | None:
         """None where the run has gone back, and another trainer is to continue it."""
-        self._restore()
-        record = Record(self.run, self.step, self.total) if self.world.rank == 0 else None
         previous = self._catch_signals()
         try:
             with self.watch, self.saver:
-                if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
-                    self._check(record)
-                if self.step < self.total:
-                    try:
-                        self._steps(record)
-                    except returns.Return:
-                        return None
+                self._restore()
+                with Record(self.run, self.step, self.total) if self.world.rank == 0 else nullcontext() as record:
+                    if self.step == 0 and self.world.first(lambda: record is not None and not record.looks):
+                        self._check(record)
+                    if self.step < self.total:
+                        try:
+                            self._steps(record)
+                        except returns.Return:
+                            return None
         finally:
-            if record is not None:
-                record.close()
             self.data.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -250,7 +246,7 @@ class _Trainer:
             self.total, train.global_batch, self.data.samples,
             ", then ".join(str(stage) for stage in self.stages if stage.last > stage.first),
             self.chosen["precision"], self.device, self.micro, self.accumulate,
-            f", {train.strategy} on {self.world.size} ranks" if self.world.size > 1 else "",
+            f", {self.strategy} on {self.world.size} ranks" if self.world.size > 1 else "",
         )  # fmt: skip
         log.info("operators: %s", dispatch.summary(self.device.type))
         batches = self.data.batches(
@@ -348,12 +344,7 @@ class _Trainer:
         clip = self.recipe.train.clip_norm
         if clip is not None:
             factor = factor * (norm / clip).clamp_min(1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.grad_scale = factor.float()  # type: ignore[attr-defined]
-        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.update(lr, factor, skipped)
         return norm, skipped
 
     def _write(self, record: Record | None, row: dict[str, Any]) -> None:
@@ -460,10 +451,12 @@ class _Trainer:
     # --- stopping and continuing ---
 
     def _restore(self) -> None:
-        checkpoint.start_optimizer(self.optimizer)
+        self.strategy.idle()
         if self.stored is None:
             return
-        checkpoint.load_into(self.stored, checkpoint.tensors_of(self.model, self.optimizer), self.world)
+        self.watch.at("restoring", 0)
+        checkpoint.load_into(self.stored, self.strategy.tensors(), self.world)
+        self.strategy.idle()
         state = checkpoint.read_state(self.stored)
         self.step, self.bad = state["step"], {int(step): ids for step, ids in state.get("bad", {}).items()}
         log.info("continuing from %s", self.stored)
@@ -483,7 +476,7 @@ class _Trainer:
             "returns": self.returns,
             "versions": {"swath": swath.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
-        self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optimizer), state)
+        self.saver.save(self.step, self.strategy.tensors(), state)
 
     def _catch_signals(self) -> dict[int, Any]:
         """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a checkpoint after the step in hand; a second Ctrl-C interrupts it."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ class World:
     local: int = 0
     nodes: int = 1
     store: dist.Store | None = field(default=None, compare=False)
+    groups: list[dist.ProcessGroup] = field(default_factory=list, compare=False)
 
     @classmethod
     def join(cls, device: str) -> Self:
@@ -48,10 +49,18 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
+    def group(self) -> dist.ProcessGroup | None:
+        """One more group of all, for a thread whose exchanges must not meet those of another; None in a world of one."""
+        if self.size == 1:
+            return None
+        self.groups.append(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START)))
+        return self.groups[-1]
+
     def allow(self, seconds: float) -> None:
-        """How long a collective that begins from now on may last."""
-        if dist.group.WORLD is not None and self.size > 1:
-            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+        """How long a collective, in any group, that begins from now on may last."""
+        if self.size > 1:
+            for group in (cast(dist.ProcessGroup, dist.group.WORLD), *self.groups):
+                group.set_timeout(timedelta(seconds=seconds))
 
     def begun(self) -> int:
         """How many collectives this rank has begun: where all wait for one rank, it is one behind."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["swath.pretrain.trainer", "swath.pretrain.objectives"])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, where it is installed, decides when it is imported
+_context.set_forkserver_preload(["swath.pretrain.trainer", "swath.pretrain.objectives", "deepspeed"])
 
 
 def run(

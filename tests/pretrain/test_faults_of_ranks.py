@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from swath.launch.cli import main
 from swath.launch.jobs.local import run_here
-from swath.pretrain import owner, trainer, watch
+from swath.pretrain import checkpoint, owner, trainer, watch
 from swath.pretrain.config import read_recipe
 from swath.pretrain.record import read_lines
 from swath.pretrain.trainer import pretrain
@@ -140,8 +141,10 @@ def not_held(place: Path, shards: Path, fault: Callable[[], None], rank: int) ->
     with_fault(place, shards, fault, rank, hold=0.5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=slow), pytest.param("deepspeed", marks=slow)])
 def test_a_rank_that_hangs_is_named_and_ends_first(strategy: str, shards: Path, tmp_path: Path) -> None:
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed", reason="pip install 'swath[deepspeed]'")
     said, place = tmp_path / "said", tmp_path / "run"
     assert run(3, with_fault, place, shards, hang, 1, f"train.strategy={strategy}", grace=0.5, said=said) == [-9, 1, -9]
     words = said.read_text()
@@ -180,6 +183,19 @@ def test_one_process_that_hangs_ends_too(shards: Path, tmp_path: Path) -> None:
     assert run(1, with_fault, tmp_path / "run", shards, hang, said=said) == [1]
     assert "late: rank 0 at data of step 3" in said.read_text()
     assert "in hang\n" in (tmp_path / "run" / "hang-rank-00000.txt").read_text()
+
+
+def cannot_restore(place: Path, shards: Path) -> None:
+    watch.START, checkpoint.load_into = timedelta(seconds=1), lambda *_: hang()
+    train(place, shards)
+
+
+@slow
+def test_one_that_hangs_at_restoring_ends_too(shards: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    train(tmp_path / "run", shards, "train.max_steps=2")
+    assert run(1, cannot_restore, tmp_path / "run", shards, said=said) == [1]
+    assert "late: rank 0 at restoring of step 0" in said.read_text()
 
 
 @slow
@@ -252,22 +268,25 @@ def test_a_clock_that_jumps_changes_nothing(jump: Any, shards: Path, tmp_path: P
     assert losses(tmp_path / "run") == whole
 
 
-def late(seconds: float) -> None:
+def late(seconds: float, of_a_thread: bool) -> None:
     world = World.join("cpu")
+    group = world.group() if of_a_thread else None
     world.allow(0.5)
     if world.rank == 1:
         time.sleep(seconds)
         os._exit(0)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="Timed out waiting 500ms") as caught:
-        world.sum(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=group)
     assert is_echo(caught.value) and time.monotonic() - began < seconds and dist.is_initialized()
     os._exit(0)
 
 
 @slow
-def test_a_collective_may_last_as_long_as_was_said(tmp_path: Path) -> None:
-    assert run(2, late, 1.5) == [0, 0]
+@pytest.mark.parametrize("of_a_thread", [False, True])
+def test_a_collective_may_last_as_long_as_was_said(of_a_thread: bool) -> None:
+    """That of the thread that saves, in a group of its own, too."""
+    assert run(2, late, 1.5, of_a_thread) == [0, 0]
 
 
 def test_time_outs_are_long_until_the_first_step_of_a_size(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

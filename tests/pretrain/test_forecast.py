@@ -50,6 +50,10 @@ def test_sharding_divides_weights_and_recomputation_saves_activations(shards: Pa
     sharded = of(8, "train.strategy=fsdp")
     assert plain.weights / 8 <= sharded.weights < plain.weights / 6 and 0 < sharded.gathered < plain.weights
     assert copies.activations == pytest.approx(plain.activations / 8, rel=0.2), "an eighth of the samples, positions aside"
+    parts = [of(8, "train.strategy=deepspeed", f"train.zero={stage}") for stage in (1, 2, 3)]
+    held = [said.weights / said.parameters for said in parts]
+    assert held == pytest.approx([8 + 12 / 8, 4 + 16 / 8, 20 / 8], rel=1e-3)
+    assert parts[2].gathered < parts[0].gathered == 4 * plain.parameters, "blocks and what is in none; all of a small model"
     assert of(1, "train.activation_checkpointing=true").activations < 0.6 * plain.activations
     assert sharded.checkpoint == plain.checkpoint and sharded.gflop_per_sample == pytest.approx(plain.gflop_per_sample)
 

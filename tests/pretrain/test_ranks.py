@@ -6,8 +6,13 @@ divides by the square root of small second moments, and such differences grow fr
 
 import json
 import os
+import random
 import signal
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ from swath.pretrain.checkpoint import read_checkpoint
 from swath.pretrain.config import read_recipe
 from swath.pretrain.record import read_lines
 from swath.pretrain.trainer import _Trainer, pretrain
+from swath.pretrain.watch import Watch
+from swath.shards.draw import Draw
 from tests.ranks import run
 from tests.shard_folders import make_shards
 
@@ -38,6 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "backbone": {"name": "vit_tiny_patch8", "width": 24, "depth": 2, "heads": 3},
         "objective": {"name": "latent", "predictor_width": 24, "predictor_depth": 1, "predictor_heads": 3},
     },
+}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    **{f"zero{stage}": {"strategy": "deepspeed", "zero": stage} for stage in (1, 2, 3)},
 }
 TRAIN = {"global_batch": 8, "precision": "fp32", "device": "cpu", "threads": 1, "lr_per_256": 3e-2, "clip_norm": 1.0}
 
@@ -65,17 +77,34 @@ def train(text: str, seen: Path | None = None) -> None:
 
 
 def listen(seen: Path) -> None:
-    """Write down, step by step, which samples this rank trains on and which masks it draws."""
-    step = _Trainer._one_step
+    """Write down, step by step, which samples this rank trains on, and what it draws for each of them: masks, views."""
+    step, uniform = _Trainer._one_step, Draw.uniform
+    drawn: list[int] = []
+
+    def noted(self: Draw, stream: str, n: int) -> torch.Tensor:
+        made = uniform(self, stream, n)
+        for key, row in zip(self._key_b.tolist(), made.numpy(), strict=True):
+            drawn.append(zlib.crc32(row.tobytes(), zlib.crc32(f"{key} {stream}".encode())))
+        return made
 
     def one_step(self: _Trainer, batches: Any) -> dict[str, Any]:
+        drawn.clear()
         row = step(self, batches)
         ids = torch.cat(row["ids"]).tolist()
         with (seen / f"{self.world.rank}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": row["step"], "ids": ids}) + "\n")
+            file.write(json.dumps({"step": row["step"], "ids": ids, "drawn": drawn}) + "\n")
         return row
 
-    _Trainer._one_step = one_step  # type: ignore[method-assign]
+    Draw.uniform, _Trainer._one_step = noted, one_step  # type: ignore[method-assign]
+
+
+def given(seen: Path) -> dict[int, tuple[list[int], list[int]]]:
+    """step → (samples in the order of ranks, draws sorted), of the steps that all ranks have done."""
+    ranks = [{row["step"]: row for row in map(json.loads, file.open())} for file in sorted(seen.iterdir())]
+    return {
+        step: ([one for rank in ranks for one in rank[step]["ids"]], sorted(one for rank in ranks for one in rank[step]["drawn"]))
+        for step in sorted(set.intersection(*map(set, ranks)))
+    }
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -89,36 +118,47 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of one process."""
-    found = {}
-    for model in MODELS:
-        found[model] = tmp_path_factory.mktemp("alone") / model
-        train(recipe(found[model], shards, model))
+def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model → the run of one process, once; what it was given lies beside it."""
+
+    @cache
+    def found(model: str) -> Path:
+        place = tmp_path_factory.mktemp("alone") / model
+        (place.parent / "seen").mkdir()
+        assert run(1, train, recipe(place, shards, model), place.parent / "seen") == [0]
+        return place
+
     return found
 
 
+def needs(*strategies: str) -> None:
+    if any(name.startswith("zero") for name in strategies) and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install 'swath[deepspeed]'")
+
+
+FAST = {("mae", "ddp", 2), ("mae", "fsdp", 2), ("roma", "fsdp", 2), ("mae", "zero3", 2)}
+CASES = [(model, name, size) for model in ("mae", "roma") for name in STRATEGIES for size in (2, 4)] + [("latent", "fsdp", 2)]
+
+
 @pytest.mark.parametrize(
-    ("model", "strategy", "size"),
-    [("mae", "ddp", 2), ("mae", "ddp", 4), ("mae", "fsdp", 2), ("roma", "fsdp", 2)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("roma", "ddp", 2), ("roma", "ddp", 4), ("latent", "fsdp", 2))],
+    ("model", "strategy", "size"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_ranks_train_what_one_process_does(
-    model: str, strategy: str, size: int, alone: dict[str, Path], shards: Path, tmp_path: Path
+    model: str, strategy: str, size: int, alone: Callable[[str], Path], shards: Path, tmp_path: Path
 ) -> None:
+    needs(strategy)
     (tmp_path / "seen").mkdir()
     micro = 1 if size == 2 else None  # with accumulation
-    text = recipe(tmp_path / "run", shards, model, strategy=strategy, micro_batch=micro)
+    text = recipe(tmp_path / "run", shards, model, **STRATEGIES[strategy], micro_batch=micro)
     assert run(size, train, text, tmp_path / "seen") == [0] * size
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone[model]), rel=BOUND)
-    ours, theirs = weights(tmp_path / "run"), weights(alone[model])
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone(model)), rel=BOUND)
+    ours, theirs = weights(tmp_path / "run"), weights(alone(model))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, atol=1e-3, rtol=1e-3), name
-    shares = [[json.loads(line) for line in (tmp_path / "seen" / f"{rank}.jsonl").open()] for rank in range(size)]
-    given = [[one for share in step for one in share["ids"]] for step in zip(*shares, strict=True)]
-    assert all(len(set(step)) == 8 for step in given)
-    assert len({one for step in given[:5] for one in step}) == 40, "an epoch is every sample once"
+    assert given(tmp_path / "seen") == given(alone(model).parent / "seen"), "the same samples in the same order, the same draws"
+    steps = [ids for ids, _ in given(tmp_path / "seen").values()]
+    assert len({one for step in steps[:5] for one in step}) == 40, "an epoch is every sample once"
 
 
 def until(text: str, step: int, killed: bool) -> None:
@@ -136,7 +176,7 @@ def until(text: str, step: int, killed: bool) -> None:
     assert result.stopped and result.step == step + min(2, int(os.environ["WORLD_SIZE"])), result
 
 
-def test_a_run_moves_between_worlds_and_strategies(alone: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+def test_a_run_moves_between_worlds_and_strategies(alone: Callable[[str], Path], shards: Path, tmp_path: Path) -> None:
     """1 → 4 → 2 → 1 processes, ddp → fsdp → ddp, killed or stopped each time: a step later than asked where several agree."""
     place = tmp_path / "run"
     ddp, fsdp = (recipe(place, shards, "mae", strategy=name) for name in ("ddp", "fsdp"))
@@ -145,7 +185,54 @@ def test_a_run_moves_between_worlds_and_strategies(alone: dict[str, Path], shard
     assert run(4, until, fsdp, 6, False) == [0] * 4  # stops at step 8
     assert set(run(2, until, ddp, 9, True)) == {-signal.SIGKILL}
     assert run(2, train, fsdp) == [0] * 2
-    assert losses(place) == pytest.approx(losses(alone["mae"]), rel=BOUND)
+    assert losses(place) == pytest.approx(losses(alone("mae")), rel=BOUND)
+
+
+def killed(text: str, seen: Path, where: tuple[str, int] | None, rank: int) -> None:
+    """Trains until one rank comes to something in a step, where it is killed."""
+    at = Watch.at
+
+    def watched(self: Watch, what: str, step: int) -> None:
+        at(self, what, step)
+        if (what, step) == where and self.world.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Watch.at = watched  # type: ignore[method-assign]
+    train(text, seen)
+
+
+PLACES = ("data", "forward and backward", "the exchange of numbers", "reading the numbers")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("model", "seed", "legs"),
+    [
+        ("mae", 1, [(1, "ddp"), (4, "zero2"), (2, "fsdp"), (2, "zero1")]),
+        ("roma", 2, [(1, "ddp"), (4, "fsdp"), (2, "zero3"), (2, "ddp")]),
+    ],
+)
+def test_a_run_killed_at_random_on_the_way_sees_every_sample_once(
+    model: str, seed: int, legs: Sequence[tuple[int, str]], alone: Callable[[str], Path], shards: Path, tmp_path: Path
+) -> None:
+    """1 → 4 → 2 processes, one of them killed each time. Steps after the last whole checkpoint are done again, with the same
+    samples, and count once."""
+    needs(*(name for _, name in legs))
+    chance = random.Random(seed)
+    for leg, (size, name) in enumerate(legs):
+        seen = tmp_path / f"seen{leg}"
+        seen.mkdir()
+        where = None if leg == len(legs) - 1 else (chance.choice(PLACES), chance.randint(2 + 3 * leg, 4 + 3 * leg))
+        text = recipe(tmp_path / "run", shards, model, **STRATEGIES[name])
+        codes = run(size, killed, text, seen, where, chance.randrange(size), grace=0.5, seconds=300)
+        assert codes == [0] * size if where is None else -signal.SIGKILL in codes, (leg, where, codes)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone(model)), rel=BOUND)
+    whole = given(alone(model).parent / "seen")
+    for leg in range(len(legs)):
+        assert all(done == whole[step] for step, done in given(tmp_path / f"seen{leg}").items())
+    samples = [one for ids, _ in whole.values() for one in ids]
+    assert [len(set(samples[epoch : epoch + 40])) for epoch in (0, 40)] == [40, 40], "an epoch is every sample once"
 
 
 def command(recipe: str) -> None:
@@ -182,9 +269,10 @@ def poisoned(text: str, rank: int) -> None:
     train(text)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_all_skip_what_one_rank_finds_not_finite(strategy: str, shards: Path, tmp_path: Path) -> None:
-    text = recipe(tmp_path / "run", shards, "mae", strategy=strategy, max_steps=5)
+    needs(strategy)
+    text = recipe(tmp_path / "run", shards, "mae", **STRATEGIES[strategy], max_steps=5)
     assert run(2, poisoned, text, 1) == [0, 0]
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped"] for line in lines] == [False, False, True, False, False]

@@ -109,15 +109,18 @@ def test_it_goes_back_so_often_only(shards: Path, tmp_path: Path, bad: list[int]
     assert [made["to"] for made in returns.read(tmp_path / "run")] == [3, 3]
 
 
-def with_poison(place: Path, shards: Path, ids: list[int]) -> None:
+def with_poison(place: Path, shards: Path, ids: list[int], *overrides: str) -> None:
     MAE.forward = poison(ids)  # type: ignore[method-assign]
-    train(place, shards)
+    train(place, shards, *overrides)
 
 
 @pytest.mark.slow
-def test_all_ranks_go_back(shards: Path, tmp_path: Path, bad: list[int]) -> None:
+@pytest.mark.parametrize("strategy", [(), ("train.strategy=deepspeed", "train.zero=3")])
+def test_all_ranks_go_back(strategy: tuple[str, ...], shards: Path, tmp_path: Path, bad: list[int]) -> None:
+    if strategy:
+        pytest.importorskip("deepspeed", reason="pip install 'swath[deepspeed]'")
     expected = train(tmp_path / "one", shards)
-    assert run(2, with_poison, tmp_path / "two", shards, bad) == [0, 0]
+    assert run(2, with_poison, tmp_path / "two", shards, bad, *strategy) == [0, 0]
     assert returns.read(tmp_path / "two") == returns.read(tmp_path / "one")
     rows = read_lines(tmp_path / "two" / "metrics.jsonl")
     theirs = [row["loss"] or 0.0 for row in expected]
