@@ -44,6 +44,7 @@ ReturnToService=2
 KillWait=10
 MinJobAge=600
 InactiveLimit=0
+MessageTimeout=30
 SlurmctldTimeout=30
 SlurmdTimeout=20
 """
@@ -132,7 +133,7 @@ class Cluster:
         try:
             self.run("munged", "--force", f"--socket={munge / 'socket'}", *names)
             wait("munged", (munge / "socket").exists, 20)
-            self.run("nice", "slurmctld", "-c", "-f", str(self.conf))
+            self.run("slurmctld", "-c", "-f", str(self.conf))
             for name in self.nodes:
                 self.start(name)
             wait(
@@ -158,7 +159,7 @@ class Cluster:
 
     def start(self, node: str) -> None:
         (self.root / f"spool.{node}").mkdir(exist_ok=True)
-        self.run("nice", "slurmd", "-f", str(self.conf), "-N", node)
+        self.run("slurmd", "-f", str(self.conf), "-N", node)
 
     def kill(self, node: str) -> None:
         """The node's daemon dies; what it has started lives on, as on a real cluster."""

@@ -21,7 +21,7 @@ from tests.shard_folders import make_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).parents[2]
-SAMPLES, STEPS = 40, 300
+SAMPLES, STEPS = 40, 160
 PASSED_ON = ("PYTHONPATH", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HEARD_PACE")
 
 
@@ -81,7 +81,7 @@ class Launched:
     def starts(self) -> int:
         return len((self.run / "launch" / "starts").read_text().splitlines())
 
-    def reaches(self, step: int, seconds: float = 180) -> None:
+    def reaches(self, step: int, seconds: float = 300) -> None:
         wait(f"step {step}\n{self.log}", lambda: self.done >= step, seconds)
 
     def ends(self, seconds: float = 400) -> None:
@@ -117,7 +117,7 @@ def launch(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def start(*options: str, name: str = "run", steps: int = STEPS, pace: float = 0.1) -> Launched:
+    def start(*options: str, name: str = "run", steps: int = STEPS, pace: float = 0.25) -> Launched:
         """On two nodes, one rank each, unless the options say otherwise; a step lasts `pace` seconds at least."""
         monkeypatch.setenv("HEARD_PACE", str(pace))
         words = words_of(tmp_path / name, shards, steps)
@@ -157,8 +157,8 @@ def shorten(job: Launched) -> None:
 
 def test_runs_into_the_time_limit_go_on(launch: Launch, whole: Path) -> None:
     """One is requeued; the other's cluster does not do that, so it is a chain of jobs."""
-    again = launch("--stop-before", "60", name="again", pace=0.35)
-    chain = launch("--stop-before", "60", "--continue", "chain", name="chain", pace=0.35)
+    again = launch("--stop-before", "60", name="again", pace=0.7)
+    chain = launch("--stop-before", "60", "--continue", "chain", name="chain", pace=0.7)
     for job in (again, chain):
         job.reaches(15)
         shorten(job)
@@ -177,10 +177,10 @@ def test_runs_into_the_time_limit_go_on(launch: Launch, whole: Path) -> None:
 def test_a_requeued_run_goes_on(launch: Launch, whole: Path) -> None:
     """As an administrator would requeue it."""
     job = launch()
-    job.reaches(20)
+    job.reaches(15)
     job.cluster.run("scontrol", "requeue", job.number)
     wait("the requeue", lambda: job.state == "PENDING", 60)
-    assert 20 <= job.done < STEPS, job.log
+    assert 15 <= job.done < STEPS, job.log
     job.ends()
     assert job.cluster.job(job.number)["Restarts"] == "1" and job.starts == 2
     job.lost_nothing(whole)
@@ -188,12 +188,12 @@ def test_a_requeued_run_goes_on(launch: Launch, whole: Path) -> None:
 
 def test_a_preempted_run_goes_on(launch: Launch, whole: Path) -> None:
     job = launch()
-    job.reaches(20)
+    job.reaches(15)
     high = job.cluster.run(
         "sbatch", "--parsable", "--partition=high", "--nodes=4", "--output=/dev/null", "--wrap", "sleep 5"
     ).strip()
     wait("the other job's end", lambda: job.cluster.job(high)["JobState"] == "COMPLETED", 120)
-    assert 20 <= job.done < STEPS
+    assert 15 <= job.done < STEPS
     job.ends()
     assert job.state == "COMPLETED" and job.starts == 2
     job.lost_nothing(whole)
@@ -201,7 +201,7 @@ def test_a_preempted_run_goes_on(launch: Launch, whole: Path) -> None:
 
 def test_runs_whose_nodes_are_lost_go_on(launch: Launch, whole: Path) -> None:
     """One loses its last node; the other its first, and with it, for SLURM, the batch script, which lives on for a while."""
-    jobs = [launch(name=which, pace=0.3) for which in ("first", "last")]
+    jobs = [launch(name=which, pace=0.5) for which in ("first", "last")]
     lost = []
     for job, which in zip(jobs, (0, -1), strict=True):
         job.reaches(15)
