@@ -1,6 +1,8 @@
-"""Runs on a real SLURM cluster of four nodes: each meets one mishap, ends by itself, and has done every step once.
+"""Runs of `swath pretrain` on a real SLURM cluster of four nodes: each meets one mishap, ends by itself, and nothing is lost.
 
-Training is stood in for by tests/launch/counter.py, a few processes that count together, but for one run.
+Two nodes train a tiny model, with tests/launch/heard.py listening: every step is done once, on the samples and with the losses of
+a run that nothing happened to, bit for bit, since two ranks add the same numbers. Mishaps that take minutes happen to two runs at
+once.
 """
 
 import subprocess
@@ -12,12 +14,15 @@ import pytest
 from swath.launch.cli import main
 from swath.launch.jobs import slurm
 from swath.launch.jobs.status import status
-from swath.pretrain.record import read_lines
+from tests.launch import heard
 from tests.launch.cluster import Cluster, missing, wait
+from tests.ranks import run as run_ranks
 from tests.shard_folders import make_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).parents[2]
+SAMPLES, STEPS = 40, 160
+PASSED_ON = ("PYTHONPATH", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HEARD_PACE")
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +34,34 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("slurm") / "shards", samples=SAMPLES)
+
+
+def words_of(run: Path, shards: Path, steps: int) -> list[str]:
+    place = (f"run.dir={run}", f"data.train={shards}", f"train.max_steps={steps}", "checkpoint.every=10")
+    return ["mae_vit_tiny", *heard.SMALL, *place]
+
+
+def undisturbed(run: Path, shards: Path, steps: int, ranks: int) -> Path:
+    assert run_ranks(ranks, heard.train, words_of(run, shards, steps), seconds=300) == [0] * ranks
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing happens to."""
+    return undisturbed(tmp_path_factory.mktemp("whole") / "run", shards, STEPS, 2)
+
+
 class Launched:
     """One run given to `swath launch slurm`, and what its files and SLURM say of it."""
 
-    def __init__(self, cluster: Cluster, run: Path, capsys: pytest.CaptureFixture[str], steps: int, *options: str) -> None:
+    def __init__(self, cluster: Cluster, run: Path, capsys: pytest.CaptureFixture[str], steps: int, *words: str) -> None:
         self.cluster, self.run, self.steps = cluster, run, steps
-        shards = run.parent / "shards"
-        if not shards.exists():
-            make_shards(shards)
-        words = [
-            "mae_vit_tiny", f"run.dir={run}", f"data.train={shards}", f"train.max_steps={steps}", "train.epochs=null",
-            "checkpoint.every=10", *options, "--env", "PYTHONPATH", "--env", "GLOO_SOCKET_IFNAME", "--env", "OMP_NUM_THREADS",
-        ]  # fmt: skip
-        assert main(["launch", "slurm", *words]) == 0, capsys.readouterr().err
+        passed = [word for name in PASSED_ON for word in ("--env", name)]
+        assert main(["launch", "slurm", *words, "--time", "30", *passed]) == 0, capsys.readouterr().err
         self.number = capsys.readouterr().out.split("job ")[1].split()[0]
 
     @property
@@ -61,7 +81,7 @@ class Launched:
     def starts(self) -> int:
         return len((self.run / "launch" / "starts").read_text().splitlines())
 
-    def reaches(self, step: int, seconds: float = 180) -> None:
+    def reaches(self, step: int, seconds: float = 300) -> None:
         wait(f"step {step}\n{self.log}", lambda: self.done >= step, seconds)
 
     def ends(self, seconds: float = 400) -> None:
@@ -79,10 +99,10 @@ class Launched:
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.log}\n{status(self.run)}") from None
 
-    def every_step_once(self) -> None:
-        steps = [row["step"] for row in read_lines(self.run / "metrics.jsonl")]
-        assert steps == list(range(1, self.steps + 1)), self.log
-        assert f"{self.steps} of {self.steps} (100%)" in status(self.run)
+    def lost_nothing(self, whole: Path) -> None:
+        assert f"{self.steps} of {self.steps} (100%)" in status(self.run), self.log
+        assert heard.losses(self.run) == heard.losses(whole)
+        assert heard.samples(self.run, SAMPLES) == heard.samples(whole, SAMPLES)
 
 
 Launch = Callable[..., Launched]
@@ -90,29 +110,35 @@ Launch = Callable[..., Launched]
 
 @pytest.fixture
 def launch(
-    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Launch]:
+    monkeypatch.setattr(slurm, "PROGRAM", ("tests.launch.heard",))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def start(steps: int, *options: str, program: tuple[str, ...] = ("tests.launch.counter",)) -> Launched:
-        monkeypatch.setattr(slurm, "PROGRAM", program)
-        return Launched(cluster, tmp_path / "run", capsys, steps, *options)
+    def start(*options: str, name: str = "run", steps: int = STEPS, pace: float = 0.25) -> Launched:
+        """On two nodes, one rank each, unless the options say otherwise; a step lasts `pace` seconds at least."""
+        monkeypatch.setenv("HEARD_PACE", str(pace))
+        words = words_of(tmp_path / name, shards, steps)
+        return Launched(cluster, tmp_path / name, capsys, steps, *words, "--nodes", "2", *options)
 
     yield start
     subprocess.run(["scancel", "--user", "root"], timeout=60)
     wait("an idle cluster", lambda: not cluster.run("squeue", "--noheader"), 60)
 
 
-def test_two_nodes_of_two_processes(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank has its log, and what may be secret stands in no file, whether it was passed on or not."""
+def test_two_nodes_of_two_processes(launch: Launch, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They train what one process does, within the bound of tests/pretrain/test_ranks.py. Each rank has its log, and what may be
+    secret stands in no file, whether it was passed on or not."""
     monkeypatch.setenv("HF_TOKEN", "sesame-1")
     monkeypatch.setenv("NOT_ASKED_FOR", "sesame-2")
     monkeypatch.setenv("PROXY", "http://me:sesame-3@there")
-    job = launch(20, "--nodes", "2", "--processes-per-node", "2", "--time", "10", "--env", "HF_TOKEN", "--env", "PROXY")
+    job = launch("--processes-per-node", "2", "--env", "HF_TOKEN", "--env", "PROXY", steps=12)
+    alone = undisturbed(tmp_path / "alone", shards, 12, 1)
     job.ends()
-    job.every_step_once()
+    assert heard.losses(job.run) == pytest.approx(heard.losses(alone), rel=2e-5)
+    assert heard.samples(job.run, SAMPLES) == heard.samples(alone, SAMPLES)
     assert job.state == "COMPLETED" and job.starts == 1
     logs = next((job.run / "launch" / "logs").iterdir())
     assert len(list(logs.glob("rank-*.log"))) == 4 and "n2: swath" in job.log
@@ -125,87 +151,90 @@ def test_two_nodes_of_two_processes(launch: Launch, monkeypatch: pytest.MonkeyPa
 
 def shorten(job: Launched) -> None:
     """Its limit is now one to two minutes away, so that the warning comes within a minute (SLURM looks every half minute)."""
-    job.reaches(20)
     hours, minutes, _ = job.cluster.job(job.number)["RunTime"].split(":")
     job.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={int(hours) * 60 + int(minutes) + 2}")
 
 
-def test_a_run_into_the_time_limit_goes_on(launch: Launch) -> None:
-    job = launch(800, "--time", "30", "--stop-before", "60")
-    shorten(job)
-    wait("the requeue", lambda: job.state == "PENDING", 150)
-    assert 20 <= job.done < 800 and "asked to stop" in job.log
-    job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
-    job.ends()
-    job.every_step_once()
-    assert job.state == "COMPLETED" and job.starts == 2
+def test_runs_into_the_time_limit_go_on(launch: Launch, whole: Path) -> None:
+    """One is requeued; the other's cluster does not do that, so it is a chain of jobs."""
+    again = launch("--stop-before", "60", name="again", pace=0.7)
+    chain = launch("--stop-before", "60", "--continue", "chain", name="chain", pace=0.7)
+    for job in (again, chain):
+        job.reaches(15)
+        shorten(job)
+    wait("the requeue", lambda: again.state == "PENDING", 150)
+    assert 15 <= again.done < STEPS and "asked to stop" in again.log
+    again.cluster.run("scontrol", "update", f"JobId={again.number}", "TimeLimit=30")
+    for job in (again, chain):
+        job.ends()
+        assert job.starts == 2 and "stopped after step" in job.log
+        job.lost_nothing(whole)
+    assert again.state == "COMPLETED"
+    assert chain.cluster.job(chain.number)["Requeue"] == "0"
+    assert len(list((chain.run / "launch").glob("job-*.log"))) == 2
 
 
-def test_a_chain_where_requeue_is_disabled(launch: Launch) -> None:
-    job = launch(800, "--nodes", "2", "--time", "30", "--stop-before", "60", "--continue", "chain")
-    shorten(job)
-    job.ends()
-    job.every_step_once()
-    assert job.cluster.job(job.number)["Requeue"] == "0"
-    assert len(list((job.run / "launch").glob("job-*.log"))) == job.starts == 2
-
-
-def test_training_is_requeued(launch: Launch) -> None:
-    """The real thing, one process, asked to stop as an administrator would."""
-    small = ["backbone.width=48", "backbone.depth=1", "objective.decoder_width=24", "objective.decoder_depth=1",
-             "train.global_batch=8", "train.precision=fp32", "train.threads=1", "health.samples=8"]  # fmt: skip
-    job = launch(600, *small, "--time", "30", program=("swath.launch.cli", "pretrain"))
-    job.reaches(20)
-    job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+def test_a_requeued_run_goes_on(launch: Launch, whole: Path) -> None:
+    """As an administrator would requeue it."""
+    job = launch()
+    job.reaches(15)
+    job.cluster.run("scontrol", "requeue", job.number)
     wait("the requeue", lambda: job.state == "PENDING", 60)
-    assert 20 <= job.done < 600, job.log
+    assert 15 <= job.done < STEPS, job.log
     job.ends()
-    job.every_step_once()
-    assert job.cluster.job(job.number)["Restarts"] == "1" and "stopped after step" in job.log
+    assert job.cluster.job(job.number)["Restarts"] == "1" and job.starts == 2
+    job.lost_nothing(whole)
 
 
-def test_a_preempted_run_goes_on(launch: Launch) -> None:
-    job = launch(300, "--nodes", "4", "--time", "30")
-    job.reaches(10)
+def test_a_preempted_run_goes_on(launch: Launch, whole: Path) -> None:
+    job = launch()
+    job.reaches(15)
     high = job.cluster.run(
         "sbatch", "--parsable", "--partition=high", "--nodes=4", "--output=/dev/null", "--wrap", "sleep 5"
     ).strip()
     wait("the other job's end", lambda: job.cluster.job(high)["JobState"] == "COMPLETED", 120)
-    assert job.done < 300
+    assert 15 <= job.done < STEPS
     job.ends()
-    job.every_step_once()
     assert job.state == "COMPLETED" and job.starts == 2
+    job.lost_nothing(whole)
 
 
-@pytest.mark.parametrize("which", ["first", "last"])
-def test_a_node_that_is_lost(which: str, launch: Launch) -> None:
-    """With the first node the batch script itself is lost to SLURM, and lives on for a while."""
-    job = launch(700, "--nodes", "2", "--time", "30")
-    job.reaches(15)
-    lost = {"first": "n1", "last": "n2"}[which]
-    job.cluster.kill(lost)
+def test_runs_whose_nodes_are_lost_go_on(launch: Launch, whole: Path) -> None:
+    """One loses its last node; the other its first, and with it, for SLURM, the batch script, which lives on for a while."""
+    jobs = [launch(name=which, pace=0.5) for which in ("first", "last")]
+    lost = []
+    for job, which in zip(jobs, (0, -1), strict=True):
+        job.reaches(15)
+        nodes = job.cluster.run("scontrol", "show", "hostnames", job.cluster.job(job.number)["NodeList"]).split()
+        lost.append(nodes[which])
     try:
-        wait("the loss to be noticed", lambda: job.state == "PENDING", 120)
-        assert job.done < 700
-        job.ends()
-        job.every_step_once()
-        assert job.starts >= 2
+        for node in lost:
+            jobs[0].cluster.kill(node)
+        for job in jobs:
+            wait(f"the loss to be noticed\n{job.log}", lambda job=job: job.state == "PENDING", 120)
+            assert job.done < STEPS
     finally:
-        job.cluster.start(lost)
-        wait("the node's return", lambda: lost in job.cluster.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split(), 60)
+        for node in lost:
+            jobs[0].cluster.start(node)
+    for job in jobs:
+        job.ends()
+        assert job.starts >= 2
+        job.lost_nothing(whole)
 
 
 def test_cancelled_is_cancelled(launch: Launch) -> None:
     """The ranks save, and nothing is requeued."""
-    job = launch(2000, "--nodes", "2", "--time", "30")
+    job = launch()
     job.reaches(15)
     job.cluster.run("scancel", job.number)
     wait("the end", lambda: not job.cluster.run("squeue", "--noheader"), 90)
     assert job.state == "CANCELLED" and job.starts == 1
+    latest = (job.run / "checkpoints" / "latest").read_text()
+    assert int(latest[5:]) == job.done, "the step in hand was saved"
 
 
 def test_no_progress_three_times_is_the_end(launch: Launch) -> None:
-    job = launch(100, "run.seed=13", "--nodes", "2", "--time", "30")
+    job = launch("run.seed=13")
     job.ends()
     assert job.starts == 3 and "giving up" in job.log and job.state == "FAILED"
     assert "rank 1 on n2: RuntimeError: bad luck" in status(job.run)

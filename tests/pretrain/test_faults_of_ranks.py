@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def train(place: Path, shards: Path, *overrides: str) -> None:
 
 def command(place: Path, shards: Path) -> None:
     """As a user sees it: one line and an exit code."""
-    (place.parent / "recipe.yaml").write_text(RECIPE)
-    os._exit(main(["pretrain", str(place.parent / "recipe.yaml"), f"run.dir={place}", f"data.train={shards}"]))
+    recipe = shards.parent / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    os._exit(main(["pretrain", str(recipe), f"run.dir={place}", f"data.train={shards}"]))
 
 
 # --- in a step ---
@@ -120,13 +122,15 @@ COLLECTIVE = "the exchange of numbers"
 def with_fault(
     place: Path, shards: Path, fault: Callable[[], None], rank: int = 0, *overrides: str, hold: float = 60, when: str = DATA
 ) -> None:
-    """Trains; in the third step, when it comes to something, something happens to one rank."""
+    """Trains; from the third step on, when it comes to something, something happens to one rank."""
     watch.HOLD = trainer.HOLD = hold
-    at = watch.Watch.at
+    at, still = watch.Watch.at, True
 
     def watched(self: watch.Watch, what: str, step: int) -> None:
+        nonlocal still
         at(self, what, step)
-        if (what, step, self.world.rank) == (when, 3, rank):
+        if still and step >= 3 and (what, self.world.rank) == (when, rank):
+            still = False
             fault()
 
     watch.Watch.at = watched  # type: ignore[method-assign]
@@ -135,6 +139,10 @@ def with_fault(
 
 def in_collective(place: Path, shards: Path, fault: Callable[[], None], rank: int) -> None:
     with_fault(place, shards, fault, rank, when=COLLECTIVE)
+
+
+def in_phase(place: Path, shards: Path, fault: Callable[[], None], rank: int, when: str) -> None:
+    with_fault(place, shards, fault, rank, when=when)
 
 
 def not_held(place: Path, shards: Path, fault: Callable[[], None], rank: int) -> None:
@@ -153,6 +161,16 @@ def test_a_rank_that_hangs_is_named_and_ends_first(strategy: str, shards: Path, 
     stacks = [(place / f"hang-rank-{rank:05d}.txt").read_text() for rank in range(3)]
     assert "rank 1 of 3" in stacks[1] and "at data of step 3" in stacks[1] and "in hang\n" in stacks[1]
     assert all("at forward and backward of step 3" in stacks[rank] and "in _one_step" in stacks[rank] for rank in (0, 2))
+
+
+@slow
+@pytest.mark.parametrize(
+    ("when", "step"), [("forward and backward", 3), ("reading the numbers", 3), ("the look at health", 8), ("saving", 4)]
+)
+def test_a_rank_that_hangs_in_any_phase_is_named(when: str, step: int, shards: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(2, in_phase, tmp_path / "run", shards, hang, 1, when, grace=0.5, said=said) == [-9, 1]
+    assert f"late: rank 1 at {when} of step {step} for 1 s; rank 0 waits at" in said.read_text()
 
 
 @slow
@@ -306,18 +324,29 @@ POINTS = {
     "tensors": ("open", ".step-00000004.partial/tensors/__0_0.distcp"),
     "metadata": ("open", ".step-00000004.partial/tensors/.metadata"),
     "state": ("open", "state.json.partial"),
+    "sums": ("open", ".files.json.partial"),
     "marker": ("open", ".complete.partial"),
     "name": ("os.rename", ".step-00000004.partial"),
     "latest": ("open", ".latest.partial"),
     "old ones": ("shutil.rmtree", "checkpoints/step-00000002"),
+    "half of an old one": ("os.remove", "__0_0.distcp"),
+    "after": ("os.mkdir", ".step-00000006.partial"),
 }
+FILES = [name for name, (event, _) in POINTS.items() if event == "open"]
 
 
-def at_point(place: Path, shards: Path, point: tuple[str, str], fault: Callable[[], None], rank: int = 0) -> None:
-    """Trains; from the third step on, whenever this is about to be done to a file of this name, something happens."""
+def at_point(
+    place: Path, shards: Path, point: tuple[str, str], fault: Callable[[], None], rank: int = 0, half: bool = False
+) -> None:
+    """Trains; from the third step on, whenever this is about to be done to a file of this name, something happens. With `half`
+    there is something in the file by then, and not all of it."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal half
         if event == point[0] and any(isinstance(arg, str | os.PathLike) and point[1] in str(arg) for arg in args):
+            if half:
+                half = False
+                Path(args[0]).write_bytes(b'{"half')
             fault()
 
     def begin() -> None:
@@ -328,10 +357,11 @@ def at_point(place: Path, shards: Path, point: tuple[str, str], fault: Callable[
 
 
 @slow
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_in_a_save(point: str, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+@pytest.mark.parametrize(("point", "half"), [(name, False) for name in POINTS] + [(name, True) for name in FILES])
+def test_killed_in_a_save(point: str, half: bool, shards: Path, tmp_path: Path, whole: list[float]) -> None:
+    """Before each phase of it, hence after each but the last, and in the middle of those that write a file."""
     place = tmp_path / "run"
-    assert run(1, at_point, place, shards, POINTS[point], die) == [-9]
+    assert run(1, at_point, place, shards, POINTS[point], die, 0, half) == [-9]
     assert run(1, train, place, shards) == [0]
     assert losses(place) == whole
     assert not list((place / "checkpoints").glob(".*")), "what was half there is gone"
@@ -394,7 +424,95 @@ def test_one_rank_whose_disk_is_full_ends_all(shards: Path, tmp_path: Path, whol
     assert losses(place) == pytest.approx(whole, rel=2e-5)
 
 
-# --- the loader, the lease ---
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "swath-test", folder], capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+@slow
+@pytest.mark.parametrize("size", ["16k", "200k", "1m"])
+def test_a_disk_that_is_really_full(size: str, disk: Path, shards: Path, whole: list[float]) -> None:
+    """At the start, at the first checkpoint, at a later one."""
+    remount(disk, f"size={size}")
+    said = disk.parent / "said"
+    assert run(1, command, disk / "run", shards, said=said) == [2]
+    lines = [line for line in said.read_text().splitlines() if line.startswith("swath pretrain: ")]
+    assert len(lines) == 1 and "no space left while writing" in lines[0] and "Traceback" not in said.read_text()
+    remount(disk, "size=16m")
+    assert run(1, command, disk / "run", shards) == [0]
+    assert losses(disk / "run") == whole
+
+
+@slow
+def test_a_disk_that_has_become_read_only(disk: Path, shards: Path, whole: list[float]) -> None:
+    """A run that was stopped is not started again on it, in one line."""
+    assert run(1, with_fault, disk / "run", shards, asked) == [0]
+    remount(disk, "ro")
+    said = disk.parent / "said"
+    assert run(1, command, disk / "run", shards, said=said) == [2]
+    lines = [line for line in said.read_text().splitlines() if line.startswith("swath pretrain: ")]
+    assert len(lines) == 1 and "is not permitted (Read-only file system)" in lines[0] and "Traceback" not in said.read_text()
+    remount(disk, "rw")
+    assert run(1, command, disk / "run", shards) == [0]
+    assert losses(disk / "run") == whole
+
+
+# --- in the loader ---
+
+
+def in_loader(place: Path, shards: Path, fault: Callable[[], None], rank: int) -> None:
+    """From the third step on, whenever the loader's thread is to decode something, something happens."""
+
+    def begin() -> None:
+        ShardReader.chips = lambda *given: fault()  # type: ignore[method-assign,assignment]
+
+    with_fault(place, shards, begin, rank)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fault", "codes", "words"),
+    [
+        (fail, [-9, 1], "RuntimeError: of its own"),
+        (hang, [-9, 1], "late: rank 1 at data of step"),
+        (die, [-9, -9], "a collective failed, since another rank ended"),
+    ],
+)
+def test_a_loader_that_fails_or_hangs(fault: Any, codes: list[int], words: str, shards: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(2, in_loader, tmp_path / "run", shards, fault, 1, grace=0.5, said=said) == codes
+    assert words in said.read_text() and said.read_text().count("Traceback") == (fault is fail)
+
+
+@slow
+def test_shards_that_are_cut_while_they_are_read(tmp_path: Path, whole: list[float]) -> None:
+    """They are mapped: the kernel ends the process. The next start says what is wrong; with the shards back the run goes on."""
+    shards, place, said = make_shards(tmp_path / "shards", samples=40), tmp_path / "run", tmp_path / "said"
+    kept = {path: path.read_bytes() for path in shards.glob("*.tar")}
+    assert run(1, with_fault, place, shards, partial(cut, shards)) == [-signal.SIGBUS]
+    assert run(1, command, place, shards, said=said) == [2]
+    assert "has 0 bytes instead of" in said.read_text() and "Traceback" not in said.read_text()
+    for path, raw in kept.items():
+        path.write_bytes(raw)
+    assert run(1, train, place, shards) == [0]
+    assert losses(place) == whole
+
+
+def cut(shards: Path) -> None:
+    for path in shards.glob("*.tar"):
+        os.truncate(path, 0)
 
 
 @slow
@@ -409,6 +527,9 @@ def test_a_damaged_sample_is_told_once_by_the_rank_that_meets_it(tmp_path: Path)
     assert sorted(codes) == [-9, 2], codes
     lines = [line for line in said.read_text().splitlines() if line.startswith("swath pretrain: ")]
     assert len(lines) == 1 and "sample chip20" in lines[0] and "Traceback" not in said.read_text()
+
+
+# --- the lease ---
 
 
 @pytest.mark.parametrize("clock", [-1e5, 1e5])
