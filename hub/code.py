@@ -15,6 +15,7 @@ from swath.shards.errors import InputError
 AUTO = {
     "AutoConfig": "configuration_swath.SwathConfig",
     "AutoModel": "modeling_swath.SwathModel",
+    "AutoBackbone": "modeling_swath.SwathBackbone",
     "AutoImageProcessor": "image_processing_swath.SwathImageProcessor",
 }
 _TEMPLATES = Path(__file__).with_name("templates")
