@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,46 +60,36 @@ def test_only_of_a_plain_vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (folder / FILE).exists() and "timm" not in (folder / "README.md").read_text()
 
 
-def timm() -> tuple[Any, Any]:
-    """timm, and names of operators that live as long as they are held: its import needs torchvision, and where
-    that has no compiled operators for this torch, their names are enough."""
+# of torchvision, which timm imports: where its own are not for this torch, their names are enough
+OPERATORS = (
+    "nms", "qnms", "roi_align", "qroi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
+    "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d", "_deform_conv2d_backward",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def timm() -> Iterator[Any]:
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
-    library = torch.library.Library("torchvision", "DEF")
-    for signature in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "roi_align(Tensor i, Tensor r, float s, int h, int w, int n, bool a) -> Tensor",
-        "_roi_align_backward(Tensor g, Tensor r, float s, int h, int w, int b, int c, int y, int x, int n, bool a) -> Tensor",
-        "roi_pool(Tensor i, Tensor r, float s, int h, int w) -> (Tensor, Tensor)",
-        "_roi_pool_backward(Tensor g, Tensor r, Tensor a, float s, int h, int w, int b, int c, int y, int x) -> Tensor",
-        "ps_roi_align(Tensor i, Tensor r, float s, int h, int w, int n) -> (Tensor, Tensor)",
-        "_ps_roi_align_backward(Tensor g,Tensor r,Tensor m, float s, int h, int w, int n, int b, int c, int y, int x) -> Tensor",
-        "ps_roi_pool(Tensor i, Tensor r, float s, int h, int w) -> (Tensor, Tensor)",
-        "_ps_roi_pool_backward(Tensor g, Tensor r, Tensor m, float s, int h, int w, int b, int c, int y, int x) -> Tensor",
-        "deform_conv2d(Tensor i, Tensor w, Tensor o, Tensor m, Tensor b, int a, int c, int d, int e, int f, int g, int h, int j, "
-        "bool u) -> Tensor",
-        "_deform_conv2d_backward(Tensor g, Tensor i, Tensor w, Tensor o, Tensor m, Tensor b, int a, int c, int d, int e, int f, "
-        "int k, int h, int j, bool u) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    ):
-        try:
-            library.define(signature)
-        except RuntimeError:  # it is there
-            break
+    library = torch.library.Library("torchvision", "FRAGMENT")
     try:
-        return importlib.import_module("timm"), library
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm cannot be imported here: {error}")
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in OPERATORS:
+            library.define(f"{name}(Tensor x) -> Tensor")
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+    yield importlib.import_module("timm")
 
 
 @pytest.mark.parametrize("options", [{"pool": "mean"}, {"pool": "class", "positions": "learned"}, {"pool": "texture"}])
-def test_timm_gives_the_same_tokens(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_gives_the_same_tokens(timm: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the lines that the card prints. To 1e-5: timm scales queries before the product."""
-    module, _library = timm()
     monkeypatch.setattr("swath.hub.export._verify", lambda folder, scratch: None)
     source = vit((24, 24), **options)
     folder = write_export(source, tmp_path / "exported")
     code = re.findall(r"```python\n(import timm.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
-    space: dict[str, Any] = {"timm": module}
+    space: dict[str, Any] = {"timm": timm}
     monkeypatch.chdir(folder)
     exec(code.replace("import timm\n", ""), space)
     model, images = space["model"].eval(), torch.randn(2, 4, 24, 24)
