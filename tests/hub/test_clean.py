@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-for name in ("swath", "einops", "pydantic", "scipy", "torchvision", "timm", "accelerate", "sklearn"):
+for name in ("swath", "einops", "sklearn", "matplotlib", "scipy", "torchvision", "timm", "accelerate"):
     assert importlib.util.find_spec(name) is None, f"{name} is here"
 folders, again = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(int(sys.argv[3]))
@@ -108,6 +108,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families") / "exports"
     with pytest.MonkeyPatch.context() as patch:  # what verifies an export does less than this test
         patch.setattr("swath.hub.export._verify", lambda folder, scratch: None)
+        patch.setattr("os.fsync", lambda file: None)  # a busy disk takes seconds for each of two hundred files
         for name in FAMILIES:
             backbone: Any = trained(name)
             side = backbone.config.image_size
