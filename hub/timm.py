@@ -17,7 +17,7 @@ def timm_weights(loaded: Loaded) -> dict[str, Tensor] | None:
     Ours have timm's names; positions are a table there, with a row of zeros for the class token, which has none here.
     """
     backbone = loaded.backbone
-    if type(backbone) is not ViT or backbone.context is not None:
+    if not isinstance(backbone, ViT) or backbone.context is not None:
         return None
     ours = {name: tensor for name, tensor in backbone.state_dict().items() if name != "pos_embed"}
     rows, columns = backbone.grid(*loaded.size)[2:]

@@ -120,7 +120,7 @@ class SwathBackbone(SwathModel):
         return self(*args, **kwargs)
 
 
-def _resized(map_bdhw: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+def _resized(map_bdhw: Tensor, stride: int, size: torch.Size) -> Tensor:
     """The map of an image of `size` pixels as one of `stride`."""
     rows, columns = (-(-side // stride) for side in size)
     if map_bdhw.shape[2:] == (rows, columns):

@@ -16,3 +16,5 @@ def test_code_is_carried(name: str) -> None:
     for file, text in files.items():
         compile(text, file, "exec")
         assert not re.search(r"^\s*(from|import) swath\b", text, re.MULTILINE), file
+    named = set(re.findall(r"^from \.(\w+) import", files["modeling_swath.py"], re.MULTILINE))
+    assert {f"{name}.py" for name in named} >= {file for file in files if file.startswith("swath_")}, "for transformers 4"
