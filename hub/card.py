@@ -9,17 +9,21 @@ import yaml
 from swath.hub.load import Loaded
 
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"]*[/\\]")
+_WHOLE = re.compile(r"(?:[A-Za-z]:|\w+:/|~\w*|\.{0,2})[/\\]")  # how what is nothing but a path begins; it may hold blanks
+
+_LEFT_OUT = ("dir", "cache_dir", "host", "hostname", "user")
 
 
 def without_paths(value: Any) -> Any:
     """`value` (of JSON) without folders and host names: a path keeps its last part, and where a run lived is left out."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items() if key not in ("dir", "host", "hostname", "user")}
+        return {key: without_paths(item) for key, item in value.items() if key not in _LEFT_OUT}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     if isinstance(value, str):
         host = socket.gethostname()
-        bare = _PATH.sub("", value.rstrip("/\\"))
+        bare = value.rstrip("/\\")
+        bare = re.split(r"[/\\]", bare)[-1] if _WHOLE.match(bare) else _PATH.sub("", bare)
         return bare.replace(host, "host") if len(host) > 3 else bare
     return value
 

@@ -1,7 +1,8 @@
 """The Python files of an export: the templates, and the backbone's own modules with their imports made relative.
 
 transformers follows relative imports within one folder, so `swath.backbones.vit` becomes `swath_vit.py` there, and
-`swath.kernels.linear` becomes `swath_linear.py`.
+`swath.kernels.linear` becomes `swath_linear.py`. Of a local folder transformers 4 takes only what the model's file imports
+itself, so that names all of them.
 """
 
 import importlib
@@ -15,11 +16,14 @@ from swath.shards.errors import InputError
 AUTO = {
     "AutoConfig": "configuration_swath.SwathConfig",
     "AutoModel": "modeling_swath.SwathModel",
+    "AutoBackbone": "modeling_swath.SwathBackbone",
     "AutoImageProcessor": "image_processing_swath.SwathImageProcessor",
 }
+_MODEL = "modeling_swath.py"
 _TEMPLATES = Path(__file__).with_name("templates")
 _ENCODER = re.compile(r"^from \S+ import \w+ as Encoder\b.*$", re.MULTILINE)
 _CARRIED = re.compile(r"^( *)from (swath\.(?:backbones|kernels)\.\w+) import", re.MULTILINE)
+_RELATIVE = re.compile(r"^from \.(\w+) import", re.MULTILINE)
 _LEFT = re.compile(r"^ *(?:from|import) (swath\b[\w.]*)", re.MULTILINE)
 
 
@@ -30,7 +34,7 @@ def exported_code(backbone: type[Backbone]) -> dict[str, str]:
     """
     files = {path.name: path.read_text() for path in sorted(_TEMPLATES.glob("*.py"))}
     encoder = f"from .{_flat(backbone.__module__)} import {backbone.__name__} as Encoder"
-    files["modeling_swath.py"] = _ENCODER.sub(encoder, files["modeling_swath.py"])
+    files[_MODEL] = _ENCODER.sub(encoder, files[_MODEL])
     files[f"{_flat(backbone.__module__)}.py"] = _source(backbone.__module__)
     waiting = list(files)
     while waiting:
@@ -42,7 +46,15 @@ def exported_code(backbone: type[Backbone]) -> dict[str, str]:
         files[name] = _CARRIED.sub(lambda found: f"{found[1]}from .{_flat(found[2])} import", files[name])
         if left := _LEFT.findall(files[name]):
             raise InputError(f"{backbone.__name__} cannot be exported: its code imports {', '.join(sorted(set(left)))}")
+    files[_MODEL] = files[_MODEL].replace(encoder, "\n".join([encoder, *_all_named(files)]))
     return files
+
+
+def _all_named(files: dict[str, str]) -> list[str]:
+    """Imports for the model's file of every module that it does not import itself."""
+    named = set(_RELATIVE.findall(files[_MODEL]))
+    others = sorted(name.removesuffix(".py") for name in files if name.startswith("swath_"))
+    return [f"from .{name} import __name__ as _{name}  # noqa: F401" for name in others if name not in named]
 
 
 def _flat(module: str) -> str:

@@ -17,9 +17,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from swath.backbones.base import Features
 from swath.hub.card import card, without_paths
 from swath.hub.code import AUTO, exported_code
-from swath.hub.load import CONFIG, MODEL_TYPE, WEIGHTS, Loaded, load_backbone
+from swath.hub.load import CONFIG, MODEL_TYPE, OBJECTIVE, WEIGHTS, Head, Loaded, load_backbone, read_head
+from swath.hub.timm import FILE as TIMM
+from swath.hub.timm import timm_note, timm_weights
 from swath.kernels.dispatch import OPERATORS, use
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
@@ -29,15 +32,18 @@ from swath.shards.reader import Chips, Stored
 _CHECK = Path(__file__).with_name("check.py")
 
 
-def export(path: Path | str, to: Path | str) -> Path:
-    """Export the backbone at `path` (run, checkpoint or export) to the folder `to`, which must be new or empty."""
+def export(path: Path | str, to: Path | str, *, with_decoder: bool = False) -> Path:
+    """Export the backbone at `path` (run, checkpoint or export) to the folder `to`, which must be new or empty.
+
+    `with_decoder` keeps the rest of the objective beside it, so that others can continue pretraining (`load_objective`).
+    """
     to = Path(to)
     _require_free(to)
     _require_transformers()
-    return write_export(load_backbone(path), to)
+    return write_export(load_backbone(path), to, read_head(path) if with_decoder else None)
 
 
-def write_export(loaded: Loaded, to: Path) -> Path:
+def write_export(loaded: Loaded, to: Path, head: Head | None = None) -> Path:
     """Write, verify and rename. Raises InputError where `to` is taken, transformers is missing, or features differ."""
     _require_free(to)
     _require_transformers()
@@ -47,8 +53,10 @@ def write_export(loaded: Loaded, to: Path) -> Path:
         try:
             folder = scratch / "export"
             folder.mkdir()
-            _write_files(loaded, folder)
-            _verify(loaded, folder, scratch)
+            features, tensors = _expected(loaded)
+            save_file(tensors, scratch / "expected.safetensors")
+            _write_files(loaded, folder, features, head)
+            _verify(folder, scratch)
             sync_folder(folder)
             folder.rename(to)
             sync_folder(to.parent)
@@ -70,31 +78,45 @@ def _require_transformers() -> None:
         raise InputError("an export is verified with transformers, which is not installed: pip install 'swath[hub]'")
 
 
-def _write_files(loaded: Loaded, folder: Path) -> None:
+def _write_files(loaded: Loaded, folder: Path, features: Features, head: Head | None) -> None:
     code = exported_code(type(loaded.backbone))
     origin = without_paths(loaded.origin)
     tensors = {f"backbone.{name}": tensor.cpu().contiguous() for name, tensor in loaded.backbone.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / CONFIG, _config(loaded, origin))
+    config = _config(loaded, origin, features)
+    if head is not None:
+        config["objective"] = {"name": head.name, "options": head.options}
+        save_file({name: tensor.contiguous() for name, tensor in head.tensors.items()}, folder / OBJECTIVE)
+    write_json(folder / CONFIG, config)
     write_json(folder / "preprocessor_config.json", _processor(loaded))
     for name, text in code.items():
         write_bytes(folder / name, text.encode())
     recipe = yaml.safe_dump(origin.get("config", {}), sort_keys=False, allow_unicode=True)
     write_bytes(folder / "recipe.yaml", recipe.encode())
-    write_bytes(folder / "README.md", card(loaded, origin).encode())
+    readme = card(loaded, origin)
+    if (weights := timm_weights(loaded)) is not None:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / TIMM, metadata={"format": "pt"})
+        readme += timm_note(loaded)
+    write_bytes(folder / "README.md", readme.encode())
 
 
-def _config(loaded: Loaded, origin: dict[str, Any]) -> dict[str, Any]:
+def _config(loaded: Loaded, origin: dict[str, Any], features: Features) -> dict[str, Any]:
+    height, width = loaded.size
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["SwathModel"],
-        "auto_map": {name: AUTO[name] for name in ("AutoConfig", "AutoModel")},
+        "auto_map": {name: AUTO[name] for name in ("AutoConfig", "AutoModel", "AutoBackbone")},
         "dtype": "float32",
         "backbone_name": loaded.name,
         "backbone_options": loaded.options,
-        "hidden_size": loaded.backbone.width,  # what a projector behind the model looks for
+        # what is looked for by a projector behind the model, or a dense head
+        "hidden_size": loaded.backbone.width,
         "num_hidden_layers": loaded.backbone.depth,
-        "image_size": list(loaded.size),
+        "num_channels": loaded.contract.channels,
+        "patch_size": loaded.backbone.mask_unit,
+        "num_prefix_tokens": features.prefix.shape[1],
+        "image_size": height if height == width else [height, width],
+        "map_channels": {str(stride): level.shape[1] for stride, level in features.maps.items()},
         "input_contract": loaded.contract.model_dump(mode="json"),
         "origin": origin,
     }
@@ -110,9 +132,8 @@ def _processor(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _verify(loaded: Loaded, folder: Path, scratch: Path) -> None:
+def _verify(folder: Path, scratch: Path) -> None:
     """Load the folder in a fresh interpreter that sees no swath, and compare what comes out with the source, bit for bit."""
-    save_file(_expected(loaded), scratch / "expected.safetensors")
     seen = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and not (Path(p) / "swath").exists()]
     environment = {
         **os.environ,
@@ -135,12 +156,14 @@ def _reference() -> dict[str, str]:
     return {name: "reference" for name, operator in OPERATORS.items() if "reference" in operator.implementations}
 
 
-def _expected(loaded: Loaded) -> dict[str, torch.Tensor]:
-    """Random chips of a fixed seed in the contract's unit, and what the source makes of them. One pixel is not finite."""
+def _expected(loaded: Loaded) -> tuple[Features, dict[str, torch.Tensor]]:
+    """What the source makes of random chips of a fixed seed in the contract's unit, and these with it as tensors by name. One
+    pixel is not finite."""
     contract, (height, width) = loaded.contract, loaded.size
     random = torch.Generator().manual_seed(0)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (contract.normalisation.mean, contract.normalisation.std))
-    raw = torch.randn(2, len(contract.bands), height, width, generator=random) * std + mean
+    statistics = contract.normalisation
+    mean, std = (torch.tensor(v * contract.dates)[:, None, None] for v in (statistics.mean, statistics.std))
+    raw = torch.randn(2, contract.channels, height, width, generator=random) * std + mean
     raw[0, 0, 0, 0] = torch.nan
     count = torch.arange(2)
     size = torch.tensor([[height, width]] * 2)
@@ -154,4 +177,5 @@ def _expected(loaded: Loaded) -> dict[str, torch.Tensor]:
         features = loaded.backbone(pixel_values.to(device))
     last = torch.cat([features.prefix, features.tokens], dim=1)
     made = {"raw": raw, "pixel_values": pixel_values, "last_hidden_state": last, "pooler_output": features.pooled}
-    return {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+    made |= {f"map_{stride}": level for stride, level in features.maps.items()}
+    return features, {name: tensor.cpu().contiguous() for name, tensor in made.items()}

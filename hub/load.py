@@ -1,5 +1,7 @@
-"""A frozen backbone from whatever a user points at: a run folder, a checkpoint in it, or an exported folder."""
+"""A frozen backbone, or all that it was pretrained with, from whatever a user points at: a run folder, a checkpoint in it, or an
+exported folder."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +11,16 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, create
 from swath.pretrain.checkpoint import read_checkpoint
+from swath.pretrain.objective import Objective, build, registry
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 
-CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "swath"
-_PREFIX = "model.backbone."
+CONFIG, WEIGHTS, OBJECTIVE, MODEL_TYPE = "config.json", "model.safetensors", "objective.safetensors", "swath"
+_MODEL, _BACKBONE = "model.", "backbone."
 
 
 @dataclass
@@ -43,6 +46,18 @@ class Loaded:
         return next(iter(self.contracts.values()))
 
 
+@dataclass
+class Head:
+    """What an objective has besides the backbone: the parameters of its decoder, teacher, and so on.
+
+    `name` and `options`, all of them, rebuild the objective; `tensors` are those of its state that are not the backbone's.
+    """
+
+    name: str
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 def load_backbone(path: Path | str) -> Loaded:
     """The backbone at `path`; a run folder stands for its latest checkpoint.
 
@@ -53,7 +68,7 @@ def load_backbone(path: Path | str) -> Loaded:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint or an exported folder")
     exported = _read_export(path)
-    state, tensors = exported or read_checkpoint(path, _PREFIX)
+    state, tensors = exported or read_checkpoint(path, _MODEL + _BACKBONE)
     try:
         name, options = state["backbone"]["name"], state["backbone"]["options"]
         given = [InputContract.model_validate(contract) for contract in state["contracts"].values()]
@@ -69,6 +84,50 @@ def load_backbone(path: Path | str) -> Loaded:
         raise InputError(f"{path}: {error}") from None
     _fill(backbone, tensors, path)
     return Loaded(backbone.eval(), contracts, (height, width), name, options, origin)
+
+
+def load_objective(path: Path | str) -> Objective:
+    """The objective at `path` around its backbone, in eval mode and fp32, as the run left it; of an export, one that was written
+    `--with-decoder`.
+
+    Raises InputError where `path` holds no objective, or it does not fit its backbone, besides what `load_backbone` raises.
+    """
+    loaded, head = load_backbone(path), read_head(path)
+    channels = {name: contract.channels for name, contract in loaded.contracts.items()}
+    stages = loaded.origin.get("config", {}).get("train", {}).get("stages")
+    size = (stages[-1]["size"],) * 2 if stages else loaded.size  # a run in stages is built for the last one
+    encoder = {_BACKBONE + name: tensor for name, tensor in loaded.backbone.state_dict().items()}
+    try:
+        made = build(head.name, loaded.backbone, size, channels, **head.options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+    _fill(made, encoder | head.tensors, Path(path), "objective")
+    return made.eval()
+
+
+def read_head(path: Path | str) -> Head:
+    """What belongs to the objective alone of a run, a checkpoint or an export; InputError where there is none."""
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return _exported_head(path)
+    state, tensors = read_checkpoint(path, _MODEL)
+    try:
+        options = dict(state["config"]["objective"])
+        name = options.pop("name")
+        options = dataclasses.asdict(registry.configure(name, **options))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not name the objective that it was trained with ({error!r})") from None
+    return Head(name, options, {n: tensor for n, tensor in tensors.items() if not n.startswith(_BACKBONE)})
+
+
+def _exported_head(path: Path) -> Head:
+    try:
+        objective = json.loads((path / CONFIG).read_text()).get("objective")
+        if objective is None or not (path / OBJECTIVE).is_file():
+            raise InputError(f"{path} holds a backbone without its objective; export its run with --with-decoder")
+        return Head(objective["name"], dict(objective["options"]), load_file(path / OBJECTIVE))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"the objective of the export {path} is damaged ({error}); export it again") from None
 
 
 def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, int]:
@@ -107,16 +166,16 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     return state, {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
 
 
-def _fill(backbone: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "backbone") -> None:
     """Load `tensors` as fp32; InputError names the first parameters that do not fit."""
-    own = backbone.state_dict()
+    own = module.state_dict()
     problems = {
         "missing": own.keys() - tensors.keys(),
         "left over": tensors.keys() - own.keys(),
         "of another shape": {key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape},
     }
-    found = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''})"
-             for what, keys in problems.items() if keys]  # fmt: skip
+    found = [f"{len(keys)} {how} ({', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''})"
+             for how, keys in problems.items() if keys]  # fmt: skip
     if found:
-        raise InputError(f"{path}: the parameters are not those of its backbone: {'; '.join(found)}")
-    backbone.load_state_dict({k: v.to(torch.float32) if v.is_floating_point() else v for k, v in tensors.items()})
+        raise InputError(f"{path}: the parameters are not those of its {what}: {'; '.join(found)}")
+    module.load_state_dict({k: v.to(torch.float32) if v.is_floating_point() else v for k, v in tensors.items()})

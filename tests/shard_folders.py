@@ -75,10 +75,16 @@ def sensor(modality: str, bands: int, *, size: int = 16, dates: int = 1, wavelen
 
 
 def make_sensor_shards(
-    folder: Path, *contracts: InputContract, samples: int = 24, per_shard: int = 10, missing: dict[int, str] | None = None
+    folder: Path,
+    *contracts: InputContract,
+    samples: int = 24,
+    per_shard: int = 10,
+    missing: dict[int, str] | None = None,
+    key: str = "s",
+    place: tuple[float, float] = (10.0, 20.0),
 ) -> Path:
-    """uint16 chips of several modalities, with place and time; sample n lacks the modality `missing[n]`, and all pixels of the
-    first row are nodata in sample 0."""
+    """uint16 chips of several modalities, with place (latitude, longitude) and time; sample n lacks the modality `missing[n]`,
+    and all pixels of the first row are nodata in sample 0."""
     folder.mkdir(parents=True)
     columns = columns_of([c.modality for c in contracts])
     rng, shards, parts = np.random.default_rng(len(contracts)), [], []
@@ -97,7 +103,8 @@ def make_sensor_shards(
                     members.append(Member(f"{one.modality}{VALID}.npy", one.modality + VALID, encode_npy(valid)))
             times = {one.modality: [f"2020-0{1 + d}-01T00:00:00Z" for d in range(one.dates)] for one in contracts}
             members.append(Member("json", "json", json.dumps({"times": times}).encode()))
-            writer.add(f"s{number:04d}", members, number % 2, -1, Place(lat=10.0, lon=20.0, gsd_m=10.0, time=1_577_836_800))
+            where = Place(lat=place[0], lon=place[1], gsd_m=10.0, time=1_577_836_800)
+            writer.add(f"{key}{number:04d}", members, number % 2, -1, where)
         shard, rows = writer.close()
         shards.append(shard)
         parts.append(rows)

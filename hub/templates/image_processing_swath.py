@@ -48,7 +48,8 @@ class SwathImageProcessor(ImageProcessingMixin):
         input_data_format: str | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """pixel_values (B, C, H, W) float32 of one image or a list: arrays (C, H, W) or (H, W, C), or PIL images.
+        """pixel_values (B, C, H, W) float32 of one image or a list: arrays (C, H, W) or (H, W, C), or PIL images. Of a series C
+        counts the bands of all dates, date after date.
 
         Values times `scale` plus `add` must be in the contract's unit: stored Sentinel-2 integers need scale=1e-4 (and
         add=-0.1 from processing baseline 04.00 on) where the unit is reflectance. Images of another size are resized to
@@ -71,46 +72,54 @@ class SwathImageProcessor(ImageProcessingMixin):
                 f"integers given where the model was trained on {self.input_contract['unit']}: "
                 "pass scale= (and add=), such as scale=1e-4 for Sentinel-2"
             )
-        x_chw, valid_1hw = self._normalise(stored, 1.0 if scale is None else scale, add)
+        x_chw, valid_thw = self._normalise(stored, 1.0 if scale is None else scale, add)
         if resize is not None and tuple(x_chw.shape[1:]) != resize:
-            return _resize(x_chw, valid_1hw, resize)
+            return _resize(x_chw, valid_thw, resize)
         return x_chw
 
     def _normalise(self, stored_chw: Tensor, scale: float, add: float) -> tuple[Tensor, Tensor]:
-        """As in training: one multiplication and one addition per pixel, 0 where a pixel is invalid."""
-        statistics = self.input_contract["normalisation"]
-        mean, std = (torch.tensor(statistics[key], dtype=torch.float32) for key in ("mean", "std"))
+        """As in training: one multiplication and one addition per pixel, 0 where a pixel is invalid at a date t."""
+        statistics, dates = self.input_contract["normalisation"], self._dates
+        mean, std = (torch.tensor(list(statistics[key]) * dates, dtype=torch.float32) for key in ("mean", "std"))
         std = torch.where(std > 0, std, torch.ones_like(std))
         x_chw = stored_chw.to(torch.float32)
-        valid_1hw = torch.isfinite(x_chw).all(dim=0, keepdim=True)
+        x_tchw = x_chw.unflatten(0, (dates, -1))
+        valid_thw = torch.isfinite(x_tchw).all(dim=1)
         if self.input_contract["nodata"] is not None:
-            valid_1hw &= (x_chw != self.input_contract["nodata"]).all(dim=0, keepdim=True)
+            valid_thw &= (x_tchw != self.input_contract["nodata"]).all(dim=1)
         factor, shift = torch.tensor(scale, dtype=torch.float32) / std, (torch.tensor(add, dtype=torch.float32) - mean) / std
-        return torch.where(valid_1hw, x_chw * factor[:, None, None] + shift[:, None, None], 0.0), valid_1hw
+        valid_chw = valid_thw.repeat_interleave(x_tchw.shape[1], dim=0)
+        return torch.where(valid_chw, x_chw * factor[:, None, None] + shift[:, None, None], 0.0), valid_thw
 
     def _bands_first(self, image: Any, layout: str | None) -> Tensor:
         """(C, H, W) in the stored dtype; ValueError names the bands that are expected."""
         bands = [band["name"] for band in self.input_contract["bands"]]
-        expected = f"{len(bands)} band(s) in this order: {', '.join(bands)}"
+        count = len(bands) * self._dates
+        each = f" at each of {self._dates} dates" if self._dates > 1 else ""
+        expected = f"{len(bands)} band(s) in this order{each}: {', '.join(bands)}"
         if isinstance(image, Image.Image):
-            if len(bands) == 3 and image.mode in ("RGB", "RGBA", "P"):
+            if count == 3 and image.mode in ("RGB", "RGBA", "P"):
                 self._require_rgb(expected)
                 image, layout = image.convert("RGB"), "channels_last"
-            elif len(bands) != 1 or image.mode not in ("L", "I;16", "I", "F"):
+            elif count != 1 or image.mode not in ("L", "I;16", "I", "F"):
                 raise ValueError(f"a PIL image of mode {image.mode} does not hold {expected}")
             image = np.array(image)
         array = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
-        if array.ndim == 2 and len(bands) == 1:
+        if array.ndim == 2 and count == 1:
             array, layout = array[None], "channels_first"
         if array.ndim != 3:
             raise ValueError(f"an image must be (C, H, W) or (H, W, C), not {tuple(array.shape)}; the model takes {expected}")
         if layout is None:
-            layout = "channels_last" if array.shape[0] != len(bands) and array.shape[2] == len(bands) else "channels_first"
+            layout = "channels_last" if array.shape[0] != count and array.shape[2] == count else "channels_first"
         if layout == "channels_last":
             array = array.permute(2, 0, 1).contiguous()
-        if array.shape[0] != len(bands):
+        if array.shape[0] != count:
             raise ValueError(f"an image has {array.shape[0]} bands; the model takes {expected}")
         return array
+
+    @property
+    def _dates(self) -> int:
+        return self.input_contract.get("dates", 1)
 
     def _require_rgb(self, expected: str) -> None:
         names = [(band.get("common_name") or band["name"]).lower() for band in self.input_contract["bands"]]
@@ -127,8 +136,9 @@ def _listed(images: Any) -> Sequence[Any]:
     return [images]
 
 
-def _resize(x_chw: Tensor, valid_1hw: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(x_chw: Tensor, valid_thw: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear with anti-aliasing, over valid pixels only."""
-    both = torch.cat([x_chw, valid_1hw.float()])[None]
-    made_chw, share_1hw = F.interpolate(both, size, mode="bilinear", antialias=True)[0].split([len(x_chw), 1])
-    return torch.where(share_1hw >= 0.5, made_chw / share_1hw.clamp_min(1e-6), 0.0)
+    both = torch.cat([x_chw, valid_thw.float()])[None]
+    made_chw, share_thw = F.interpolate(both, size, mode="bilinear", antialias=True)[0].split([len(x_chw), len(valid_thw)])
+    share_chw = share_thw.repeat_interleave(len(x_chw) // len(valid_thw), dim=0)
+    return torch.where(share_chw >= 0.5, made_chw / share_chw.clamp_min(1e-6), 0.0)

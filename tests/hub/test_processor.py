@@ -43,6 +43,20 @@ def test_equals_prepare_bit_for_bit() -> None:
     assert (made[0, :, 3, 4] == 0).all()
 
 
+@pytest.mark.parametrize("side", [16, 37])
+def test_a_series_is_normalised_date_by_date(side: int) -> None:
+    """What is nodata at one date is seen at the other. Resizing, like that of one date, to 2e-5."""
+    pixels = np.concatenate([random(side), random(side)[::-1]], axis=1).clip(1)  # two dates of four bands
+    pixels[0, 4:, 2:9, 3:9] = 0
+    bands = contract().model_copy(update={"dates": 2})
+    expected = prepare(chips(pixels, 1e-4, 0), {"optical": bands}, (16, 16), View()).images["optical"]
+    made = processor(bands)(list(pixels), scale=1e-4)["pixel_values"]
+    torch.testing.assert_close(made, expected, rtol=0, atol=0 if side == 16 else 2e-5)
+    assert made[0, :4, 1:4, 2:4].all() and not made[0, 4:, 2 * 16 // side + 1, 5 * 16 // side].any()
+    with pytest.raises(ValueError, match=r"has 4 bands; the model takes 4 band\(s\) in this order at each of 2 dates: B02"):
+        processor(bands)(pixels[0, :4], scale=1e-4)
+
+
 @pytest.mark.parametrize("side", [10, 16, 37])
 def test_resizing_agrees_with_prepare(side: int) -> None:
     pixels, bands = random(side), contract(nodata=None)
