@@ -1,4 +1,4 @@
-"""A frozen backbone from whatever a user points at: a run folder, a checkpoint in it, or an exported folder."""
+"""A frozen backbone from whatever a user points at: a run folder, a checkpoint in it, an exported folder, or a Hub id."""
 
 import json
 from dataclasses import dataclass
@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swath.backbones.base import Backbone, create
+from swath.hub.remote import CONFIG, WEIGHTS, local
 from swath.pretrain.checkpoint import read_checkpoint
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 
-CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "swath"
+MODEL_TYPE = "swath"
 _PREFIX = "model.backbone."
+_CONFIG_BYTES = 64 << 20  # of a config.json, which may come from anybody
 
 
 @dataclass
@@ -44,14 +46,15 @@ class Loaded:
 
 
 def load_backbone(path: Path | str) -> Loaded:
-    """The backbone at `path`; a run folder stands for its latest checkpoint.
+    """The backbone at `path`; a run folder stands for its latest checkpoint, ORG/NAME[@REVISION] for a model of the Hub unless
+    something of that name lies here.
 
-    Raises InputError for a folder that is none of the three, for damaged files, an unknown backbone, and parameters that
-    are missing, left over or of another shape.
+    Raises InputError for a folder that is none of the three, for a Hub id that cannot be had, for damaged files, an unknown
+    backbone, and parameters that are missing, left over or of another shape.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint or an exported folder")
+        raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint, an exported folder or a Hub id")
     exported = _read_export(path)
     state, tensors = exported or read_checkpoint(path, _PREFIX)
     try:
@@ -81,7 +84,7 @@ def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, i
 
 
 def _origin(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config") if key in state}
+    return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config", "datasets") if key in state}
 
 
 def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -92,6 +95,8 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         return None
     try:
+        if (path / CONFIG).stat().st_size > _CONFIG_BYTES:
+            raise InputError(f"{path / CONFIG} is larger than any that `swath export` writes")
         config = json.loads((path / CONFIG).read_text())
         if config.get("model_type") != MODEL_TYPE:
             raise InputError(f"{path} holds a {config.get('model_type')} model, not one that `swath export` wrote")
@@ -102,7 +107,7 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             "config": {"data": {"size": config["image_size"]}},
             "origin": config["origin"],
         }
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"the export {path} is damaged ({error}); export it again") from None
     return state, {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
 
