@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 
 from swath.hub.card import card, without_paths
 from swath.hub.code import AUTO, exported_code
+from swath.hub.curves import draw
+from swath.hub.history import history
+from swath.hub.licences import identifier
 from swath.hub.load import CONFIG, MODEL_TYPE, WEIGHTS, Loaded, load_backbone
 from swath.kernels.dispatch import OPERATORS, use
 from swath.shards.errors import InputError
@@ -29,12 +32,18 @@ from swath.shards.reader import Chips, Stored
 _CHECK = Path(__file__).with_name("check.py")
 
 
-def export(path: Path | str, to: Path | str) -> Path:
-    """Export the backbone at `path` (run, checkpoint or export) to the folder `to`, which must be new or empty."""
+def export(path: Path | str, to: Path | str, *, license: str | None = None) -> Path:
+    """Export the backbone at `path` (run, checkpoint, export or Hub id) to the folder `to`, which must be new or empty.
+
+    `license` is the identifier that the weights are offered under; an export keeps the one that it has.
+    """
     to = Path(to)
     _require_free(to)
     _require_transformers()
-    return write_export(load_backbone(path), to)
+    stated = {} if license is None else {"license": identifier(license)}
+    loaded = load_backbone(path)
+    loaded.origin = loaded.origin | history(path, loaded.origin) | stated
+    return write_export(loaded, to)
 
 
 def write_export(loaded: Loaded, to: Path) -> Path:
@@ -81,6 +90,8 @@ def _write_files(loaded: Loaded, folder: Path) -> None:
         write_bytes(folder / name, text.encode())
     recipe = yaml.safe_dump(origin.get("config", {}), sort_keys=False, allow_unicode=True)
     write_bytes(folder / "recipe.yaml", recipe.encode())
+    if "training" in origin:
+        draw(origin["training"], folder)
     write_bytes(folder / "README.md", card(loaded, origin).encode())
 
 
