@@ -20,7 +20,11 @@ from safetensors.torch import save_file
 from swath.backbones.base import Features
 from swath.hub.card import card, without_paths
 from swath.hub.code import AUTO, exported_code
-from swath.hub.load import CONFIG, MODEL_TYPE, OBJECTIVE, WEIGHTS, Head, Loaded, load_backbone, read_head
+from swath.hub.curves import draw
+from swath.hub.history import history
+from swath.hub.licences import identifier
+from swath.hub.load import MODEL_TYPE, Head, Loaded, load_backbone, read_head
+from swath.hub.remote import CONFIG, OBJECTIVE, WEIGHTS
 from swath.hub.timm import FILE as TIMM
 from swath.hub.timm import timm_note, timm_weights
 from swath.kernels.dispatch import OPERATORS, use
@@ -32,15 +36,19 @@ from swath.shards.reader import Chips, Stored
 _CHECK = Path(__file__).with_name("check.py")
 
 
-def export(path: Path | str, to: Path | str, *, with_decoder: bool = False) -> Path:
-    """Export the backbone at `path` (run, checkpoint or export) to the folder `to`, which must be new or empty.
+def export(path: Path | str, to: Path | str, *, license: str | None = None, with_decoder: bool = False) -> Path:
+    """Export the backbone at `path` (run, checkpoint, export or Hub id) to the folder `to`, which must be new or empty.
 
-    `with_decoder` keeps the rest of the objective beside it, so that others can continue pretraining (`load_objective`).
+    `license` is the identifier that the weights are offered under; an export keeps the one that it has. `with_decoder` keeps the
+    rest of the objective beside it, so that others can continue pretraining (`load_objective`).
     """
     to = Path(to)
     _require_free(to)
     _require_transformers()
-    return write_export(load_backbone(path), to, read_head(path) if with_decoder else None)
+    stated = {} if license is None else {"license": identifier(license)}
+    loaded = load_backbone(path)
+    loaded.origin = loaded.origin | history(path, loaded.origin) | stated
+    return write_export(loaded, to, read_head(path) if with_decoder else None)
 
 
 def write_export(loaded: Loaded, to: Path, head: Head | None = None) -> Path:
@@ -93,6 +101,8 @@ def _write_files(loaded: Loaded, folder: Path, features: Features, head: Head | 
         write_bytes(folder / name, text.encode())
     recipe = yaml.safe_dump(origin.get("config", {}), sort_keys=False, allow_unicode=True)
     write_bytes(folder / "recipe.yaml", recipe.encode())
+    if "training" in origin:
+        draw(origin["training"], folder)
     readme = card(loaded, origin)
     if (weights := timm_weights(loaded)) is not None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / TIMM, metadata={"format": "pt"})

@@ -1,5 +1,5 @@
-"""A frozen backbone, or all that it was pretrained with, from whatever a user points at: a run folder, a checkpoint in it, or an
-exported folder."""
+"""A frozen backbone, or all that it was pretrained with, from whatever a user points at: a run folder, a checkpoint in it, an
+exported folder, or a Hub id."""
 
 import dataclasses
 import json
@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, create
+from swath.hub.remote import CONFIG, OBJECTIVE, WEIGHTS, local
 from swath.pretrain.checkpoint import read_checkpoint
 from swath.pretrain.objective import Objective, build, registry
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 
-CONFIG, WEIGHTS, OBJECTIVE, MODEL_TYPE = "config.json", "model.safetensors", "objective.safetensors", "swath"
+MODEL_TYPE = "swath"
 _MODEL, _BACKBONE = "model.", "backbone."
+_CONFIG_BYTES = 64 << 20  # of a config.json, which may come from anybody
 
 
 @dataclass
@@ -59,14 +61,15 @@ class Head:
 
 
 def load_backbone(path: Path | str) -> Loaded:
-    """The backbone at `path`; a run folder stands for its latest checkpoint.
+    """The backbone at `path`; a run folder stands for its latest checkpoint, ORG/NAME[@REVISION] for a model of the Hub unless
+    something of that name lies here.
 
-    Raises InputError for a folder that is none of the three, for damaged files, an unknown backbone, and parameters that
-    are missing, left over or of another shape.
+    Raises InputError for a folder that is none of the three, for a Hub id that cannot be had, for damaged files, an unknown
+    backbone, and parameters that are missing, left over or of another shape.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint or an exported folder")
+        raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint, an exported folder or a Hub id")
     exported = _read_export(path)
     state, tensors = exported or read_checkpoint(path, _MODEL + _BACKBONE)
     try:
@@ -107,7 +110,7 @@ def load_objective(path: Path | str) -> Objective:
 
 def read_head(path: Path | str) -> Head:
     """What belongs to the objective alone of a run, a checkpoint or an export; InputError where there is none."""
-    path = Path(path)
+    path = local(path)
     if (path / CONFIG).is_file():
         return _exported_head(path)
     state, tensors = read_checkpoint(path, _MODEL)
@@ -140,7 +143,7 @@ def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, i
 
 
 def _origin(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config") if key in state}
+    return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config", "datasets") if key in state}
 
 
 def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -151,6 +154,8 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         return None
     try:
+        if (path / CONFIG).stat().st_size > _CONFIG_BYTES:
+            raise InputError(f"{path / CONFIG} is larger than any that `swath export` writes")
         config = json.loads((path / CONFIG).read_text())
         if config.get("model_type") != MODEL_TYPE:
             raise InputError(f"{path} holds a {config.get('model_type')} model, not one that `swath export` wrote")
@@ -161,7 +166,7 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             "config": {"data": {"size": config["image_size"]}},
             "origin": config["origin"],
         }
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"the export {path} is damaged ({error}); export it again") from None
     return state, {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
 

@@ -78,6 +78,12 @@ class Data:
             for shard in reader.manifest.shards
         ]
 
+    @property
+    def datasets(self) -> list[dict[str, Any]]:
+        """What a model card says of each: name, samples, licence."""
+        manifests = [reader.manifest for reader in self.readers]
+        return [{"name": one.dataset, "samples": one.samples, "licence": one.licence} for one in manifests]
+
     def stream(self) -> Mixture:
         orders = [
             SampleOrder(reader.shard_sizes, seed=self.seed, window=self.data.window, lanes=self.data.lanes)

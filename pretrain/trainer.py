@@ -471,6 +471,7 @@ class _Trainer:
             "backbone": {"name": self.recipe.backbone["name"], "options": dataclasses.asdict(self.model.backbone.config)},
             "contracts": {name: contract.model_dump(mode="json") for name, contract in self.data.contracts.items()},
             "shards": self.data.shards,
+            "datasets": self.data.datasets,
             "choices": self.chosen,
             "bad": dict(self.bad),
             "returns": self.returns,

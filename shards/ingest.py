@@ -37,6 +37,7 @@ from swath.shards.ingestion.selection import Selection, drawn, select
 from swath.shards.ingestion.work import Job, Rules, Seen
 from swath.shards.ingestion.workers import Opening, Workers
 from swath.shards.manifest import NAME, BandStatistics, Manifest, read_manifest
+from swath.shards.recipes import registry
 from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.open import open_source
 from swath.shards.sources.source import Options, Source
@@ -145,6 +146,7 @@ def shard(
     shard_bytes: int = 256 << 20,
     workers: int = 0,
     implausible_ok: bool = False,
+    licence: str | None = None,
     progress: bool = True,
 ) -> dict[str, Manifest]:
     """Make shards of `source` in `out`; with splits one folder for each, keyed by its name, else the key is "".
@@ -154,8 +156,8 @@ def shard(
     as `options` say. Samples with more than `max_nodata` of their pixels invalid are left out. Files that cannot be decoded are
     listed in the manifest, and more than `max_failed` of all stop the run. `workers` processes decode (0: this one; a program
     that asks for more needs the usual `if __name__ == "__main__"`); the result is the same to the byte. Numbers that cannot be
-    what they are said to be stop the run, unless `implausible_ok`. A killed or stopped run continues when called again; a
-    finished one is only checked. Raises InputError.
+    what they are said to be stop the run, unless `implausible_ok`. `licence` is the imagery's (the recipe's). A killed or stopped
+    run continues when called again; a finished one is only checked. Raises InputError.
     """
     source, out = located(source), Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at `out`
     options, selection = options or Options(), selection or Selection()
@@ -164,7 +166,7 @@ def shard(
     blocks = {"blocks": asdict(plan.blocks)} if plan.blocks is not None else {}
     said = {
         "recipe": recipe, **asdict(options), "selection": asdict(selection), **blocks,
-        "shard_bytes": shard_bytes, "max_nodata": max_nodata,
+        "shard_bytes": shard_bytes, "max_nodata": max_nodata, **({} if licence is None else {"licence": licence}),
     }  # fmt: skip
     mark = _fingerprint(plan, said)
     if (finished := _finished(out, mark, list(plan.jobs))) is not None:
@@ -270,6 +272,7 @@ def _manifest(plan: Plan, mark: str, said: dict[str, Any], packed: Packed, findi
         left_out.merge(part)
     return Manifest(
         dataset=source.dataset,
+        licence=_licence(said),
         samples=sum(made.samples for made in packed.shards),
         contracts={
             name: contract_with(contract, seen.statistics[name], packed.sizes[name])
@@ -286,6 +289,15 @@ def _manifest(plan: Plan, mark: str, said: dict[str, Any], packed: Packed, findi
             "findings": [asdict(finding) for finding in findings],
         },
     )  # fmt: skip
+
+
+def _licence(said: dict[str, Any]) -> str:
+    """Of the imagery: as the user says, or the published data set's. Of a partner that is joined, only the user can say it."""
+    if "licence" in said:
+        return said["licence"]
+    own = registry.find(said["recipe"]).licence if said["recipe"] is not None else ""
+    own = "" if own in ("none stated", "that of your data") else own
+    return f"{own}; of its partner not stated" if own and "other" in (said["join"] or {}) else own
 
 
 def _spread(statistics: Statistics) -> BandStatistics:

@@ -43,10 +43,12 @@ class BandStatistics(Strict):
 
 
 class Manifest(Strict):
-    """`skipped` lists what could not be decoded; `plan` is the fingerprint of the command that made the shards."""
+    """`skipped` lists what could not be decoded; `plan` is the fingerprint of the command that made the shards; `licence` is that
+    of the imagery, "" where nobody has stated one."""
 
     schema_version: Literal[2] = 2
     dataset: str
+    licence: str = ""
     samples: int = Field(ge=1)
     contracts: dict[str, InputContract]
     statistics: dict[str, BandStatistics] = Field(default_factory=dict)

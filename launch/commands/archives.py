@@ -73,6 +73,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--min-cover", type=float, default=0.5, help="share of a chip that a partner or a date must cover (0.5)")
     p.add_argument("--max-failed", type=float, default=0.01, help="share of files that may be undecodable (0.01)")
     p.add_argument("--max-nodata", type=float, default=0.5, help="share of nodata above which a chip is left out (0.5)")
+    p.add_argument("--licence", "--license", help="of the imagery, for model cards; a published data set's own is known")
     p.set_defaults(run=_shard)
 
     p = commands.add_parser("index", help="rebuild the index of a folder of shards")
@@ -144,7 +145,7 @@ def _shard(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(estimate(source, **given))
         return 0
-    made = shard(source, args.out, implausible_ok=args.implausible_ok, **given)
+    made = shard(source, args.out, implausible_ok=args.implausible_ok, licence=args.licence, **given)
     for name, manifest in made.items():
         skipped = f", {len(manifest.skipped)} not decodable (listed in manifest.json)" if manifest.skipped else ""
         print(f"{args.out / name}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")

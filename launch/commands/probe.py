@@ -9,7 +9,7 @@ from swath.launch.commands import Commands
 def add(commands: Commands) -> None:
     p = commands.add_parser("probe", help="how good are frozen features")
     p.add_argument("task", choices=["knn", "linear"])
-    p.add_argument("backbone", type=Path, help="run folder, checkpoint or exported folder")
+    p.add_argument("backbone", help="run folder, checkpoint, exported folder or Hub id (ORG/NAME, ORG/NAME@REVISION)")
     p.add_argument("--train", type=Path, required=True)
     p.add_argument("--test", type=Path, required=True)
     p.add_argument("--val", type=Path, help="shards to choose settings on; a part of --train otherwise")
@@ -24,6 +24,6 @@ def _probe(args: argparse.Namespace) -> int:
 
     result = probe(args.task, args.backbone, args.train, args.test, val=args.val, json_path=args.json, size=args.size)
     print(table(result))
-    if (args.backbone / "metrics.jsonl").exists():
-        write_report(args.backbone)
+    if (Path(args.backbone) / "metrics.jsonl").exists():
+        write_report(Path(args.backbone))
     return 0
