@@ -31,13 +31,15 @@ class Band(Strict):
 
 
 class Normalisation(Strict):
-    """(x - mean) / std per band, in the contract's unit; `pixels` says from how many valid ones each was computed."""
+    """(x - mean) / std per band, in the contract's unit; `pixels` says from how many valid ones each was computed. What comes of
+    it is cut to the range `clip`, where there is one."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pixels: tuple[int, ...]
     minimum: tuple[float, ...] = ()
     maximum: tuple[float, ...] = ()
+    clip: tuple[float, float] | None = None
 
 
 class InputContract(Strict):
