@@ -237,7 +237,7 @@ def _repeat(name: str, tensor: Tensor, directions: int) -> Tensor:
 def mixer_from_published(state: Mapping[str, Tensor], front: str = "") -> dict[str, Tensor]:
     """A `Mixer`'s parameters from a published one's, of as many directions as it has. ValueError for keys that it has not, or
     misses, with `front` before them."""
-    directions = sum(f"D{suffix}" in state for suffix in SUFFIXES)
+    directions = max(sum(form.format(suffix) in state for suffix in SUFFIXES) for form in PER_DIRECTION.values())
     taken = {"in_proj.weight": "in_proj.weight", "out_proj.weight": "out_proj.weight"}
     published = {name: [form.format(suffix) for suffix in SUFFIXES[:directions]] for name, form in PER_DIRECTION.items()}
     expected = {*taken, *(key for keys in published.values() for key in keys)}

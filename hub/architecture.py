@@ -6,7 +6,7 @@ One function for each kind; `KINDS` names them. Letters: d width, p patch.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,27 +25,28 @@ _ROMA_HEAD = 64  # width of one head of its decoder, whatever the decoder's
 
 @dataclass
 class Source:
-    """A checkpoint's tensors, what its script was told (`args`), and what the user says of it (`asked`, by our options' names)."""
+    """A checkpoint's tensors, what its script was told (`args`), what the user says of it (`asked`, by our options' names)."""
 
     state: dict[str, Tensor]
     args: Mapping[str, Any]
     asked: Mapping[str, Any]
+    front: str = ""  # what was cut from the names
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
         """Of a tensor of so many axes; InputError where there is none."""
         if name not in self.state:
-            raise InputError(f"{name} is missing")
+            raise InputError(f"{self.front}{name} is missing")
         shape = tuple(self.state[name].shape)
         if len(shape) != axes or not all(shape):
-            raise InputError(f"{name} is of shape {shape}; it should have {axes} axes")
+            raise InputError(f"{self.front}{name} is of shape {shape}; it should have {axes} axes")
         return shape
 
     def count(self, pattern: str) -> int:
         """How many numbers stand behind the names that match, counted from 0: the `(\\d+)` of the pattern."""
         found = {int(match[1]) for name in self.state if (match := re.match(pattern, name))}
-        if found and found != set(range(max(found) + 1)):
-            absent = sorted(set(range(max(found) + 1)) - found)[0]
-            raise InputError(f"of number {absent} of {pattern.replace('(\\d+)', 'N').replace('\\', '')} there is nothing")
+        if absent := set(range(len(found))) - found:
+            where = pattern.replace(r"(\d+)", str(min(absent))).replace("\\", "")
+            raise InputError(f"there is nothing of {self.front}{where}")
         return len(found)
 
     def said(self, *names: str) -> Any:
@@ -69,16 +70,16 @@ class Source:
         known = self.asked.get(option) or self.said("decoder_num_heads" if decoder else "num_heads")
         known = known or (_DECODER_HEADS if decoder else _HEADS).get(width)
         if not isinstance(known, int) or known < 1 or width % known:
-            how = f"--option {option}=N"
-            raise InputError(f"how many heads {'the decoder' if decoder else 'it'} of width {width} has cannot be told: {how}")
+            whose = "the decoder" if decoder else "the encoder"
+            raise InputError(f"how many heads {whose} of width {width} has cannot be told: --option {option}=N")
         return known
 
 
 @dataclass
 class Architecture:
-    """What to build. `name` is the family's module; `contract` one of `contracts.PUBLISHED`, `bands` what the weights take in the
-    one modality that they have (0: any number); `objective` (name, options), None where only the encoder is there. `left_out`
-    begins names of what belongs to neither, a classifier for instance. `notes` are for the user."""
+    """What to build. `family` is the backbone's module; `contract` one of `contracts.PUBLISHED`, `bands` how many the weights
+    take of its one modality (0: any number, of one or several); `objective` (name, options), None where only the encoder is
+    there. Names that begin with one of `left_out` belong to neither, but to a classifier for instance."""
 
     family: Any
     options: dict[str, Any]
@@ -87,7 +88,6 @@ class Architecture:
     objective: tuple[str, dict[str, Any]] | None = None
     left_out: tuple[str, ...] = ()
     dates: int = 1
-    notes: list[str] = field(default_factory=list)
 
 
 def _square(shape: tuple[int, ...], name: str) -> int:
@@ -100,7 +100,8 @@ def _side(places: int, patch: int, name: str) -> int:
     """Pixels of a square image of so many places."""
     side = math.isqrt(places)
     if side * side != places:
-        raise InputError(f"{name} has {places} places, which are no square")
+        token = "; cls_token is missing" if math.isqrt(places - 1) ** 2 == places - 1 else ""
+        raise InputError(f"{name} has {places} places, which are no square{token}")
     return side * patch
 
 
@@ -109,25 +110,21 @@ def _side(places: int, patch: int, name: str) -> int:
 
 def _trunk(source: Source, patch: int, width: int, own: int = 0) -> dict[str, Any]:
     """Options that every transformer of these has; `own` channels of a position tell no place. Its table has a class row."""
-    if "pos_embed" in source.state:
-        _, rows, channels = source.shape("pos_embed", 3)
-        if own and channels != width - own:
-            raise InputError(f"pos_embed is {channels} wide; it should be {width - own}")
-        side = _side(rows - 1, patch, "pos_embed")
-    else:
-        side = source.said("img_size", "input_size", "image_size") or source.asked.get("image_size")
-        if not isinstance(side, int):
-            raise InputError("there is no pos_embed, so the image size cannot be told: --option image_size=N")
+    _, rows, channels = source.shape("pos_embed", 3)
+    if own and channels != width - own:
+        raise InputError(f"pos_embed is {channels} wide; it should be {width - own}")
     return {
-        "image_size": side, "patch": patch, "width": width, "depth": source.count(r"blocks\.(\d+)\."),
-        "heads": source.heads(width), "mlp_ratio": source.ratio("blocks.0.mlp.fc1.weight", width),
+        "image_size": _side(rows - 1, patch, "pos_embed"), "patch": patch, "width": width,
+        "depth": source.count(r"blocks\.(\d+)\."), "heads": source.heads(width),
+        "mlp_ratio": source.ratio("blocks.0.mlp.fc1.weight", width),
     }  # fmt: skip
 
 
-def _decoder(source: Source) -> dict[str, Any] | None:
-    """Options that the decoders of MAE's family have; None where there is no decoder."""
+def _decoder(source: Source, table: str = "decoder_pos_embed") -> dict[str, Any] | None:
+    """Options that the decoders of MAE's family have, with a `table` of positions; None where there is no decoder."""
     if not source.has("decoder_", "mask_token", "proj_up_", "up_block"):
         return None
+    source.shape(table, 3)
     width = source.shape("mask_token", 3)[2]
     options = {
         "decoder_width": width, "decoder_depth": source.count(r"decoder_blocks\.(\d+)\."),
@@ -148,13 +145,10 @@ def _vit(source: Source, contract: str) -> Architecture:
     width, bands, *_ = shape = source.shape("patch_embed.proj.weight", 4)
     patch = _square(shape, "patch_embed.proj.weight")
     options = {"bands": bands, **_trunk(source, patch, width)}
-    table = source.state.get("pos_embed")
-    if table is not None:
-        place = torch.arange(options["image_size"] // patch)
-        fixed = width % 4 == 0 and table.shape[2] == width
-        fixed = fixed and bool((table[0, 1:] - sincos_grid(width, place, place).float()).abs().max() <= 1e-5)
-        fixed = fixed and not table[0, 0].any()
-        if not fixed and not source.has("decoder_", "mask_token"):  # fine-tuned; pretraining never moves it
+    table, place = source.state["pos_embed"], torch.arange(options["image_size"] // patch)
+    if not source.has("decoder_", "mask_token") and table.shape[2] == width and width % 4 == 0:
+        fixed_nd = sincos_grid(width, place, place).float()
+        if table[0, 0].any() or (table[0, 1:] - fixed_nd).abs().max() > 1e-5:  # fine-tuned: pretraining never moves it
             options["positions"] = "learned"
     return Architecture(vit, options, contract, bands)
 
@@ -197,7 +191,7 @@ def _groups(source: Source) -> Architecture:
         raise InputError(
             f"which bands are in its groups of {', '.join(map(str, sizes))} cannot be told: --option groups=[[0,1],[2,…]]"
         )
-    own = source.shape("channel_embed", 3)[2] if "channel_embed" in source.state else 256
+    own = source.shape("channel_embed", 3)[2]
     options = {
         "bands": sum(sizes), **_trunk(source, patch, width, own), "group_width": own,
         "groups": tuple(tuple(int(band) for band in group) for group in groups),
@@ -224,7 +218,7 @@ def of_satmae(source: Source) -> Architecture:
             decoder |= {"group_width": own, "spatial_mask": bool(source.said("spatial_mask")), "compat": "order"}
             made.objective = "satmae", decoder | _standardised(source, False)
         return made
-    if "pos_embed" not in source.state or source.shape("pos_embed", 3)[2] == source.shape("patch_embed.proj.weight", 4)[0]:
+    if source.shape("pos_embed", 3)[2] == source.shape("patch_embed.proj.weight", 4)[0]:
         made = _vit(source, "fmow_rgb")  # of one image it is MAE
         if decoder is not None:
             made.objective = "mae", decoder | _standardised(source, True)
@@ -260,7 +254,7 @@ def of_spectralgpt(source: Source) -> Architecture:
         "mlp_ratio": source.ratio("blocks.0.mlp.fc1.weight", width),
     }  # fmt: skip
     made = Architecture(spectral_vit, options, "spectralgpt", cube * groups)
-    if (decoder := _decoder(source)) is not None:
+    if (decoder := _decoder(source, "decoder_pos_embed_spatial")) is not None:
         made.objective = "spectralgpt", decoder | _standardised(source, False) | {"compat": "sum"}
     return made
 
@@ -268,7 +262,7 @@ def of_spectralgpt(source: Source) -> Architecture:
 def of_less(source: Source) -> Architecture:
     """Its heads, ranks and factors follow from shapes; how many bands it sees does not, since all share one embedding."""
     state = {name.removeprefix("encoder."): tensor for name, tensor in source.state.items()}
-    inner = Source(state, source.args, source.asked)
+    inner = Source(state, source.args, source.asked, "encoder." if source.has("encoder.") else "")
     width = inner.shape("cls_token", 3)[2]
     kind = "optical" if inner.has("optical_patch_embed.") else "radar"
     patch = _square(inner.shape(f"{kind}_patch_embed.proj.0.weight", 5), f"{kind}_patch_embed.proj.0.weight")
@@ -332,7 +326,7 @@ def _column(source: Source, contract: str) -> Architecture:
         "bands": bands, "patch": patch, "width": width, "depth": source.count(r"layers\.(\d+)\."), "class_token": token,
         "image_size": _side(source.shape("pos_embed", 3)[1] - token, patch, "pos_embed"),
         "positions": "learned" if token else "sincos", "final_norm": "norm_f.weight" in source.state,
-        "directions": sum(f"layers.0.mixer.D{suffix}" in source.state for suffix in mamba.SUFFIXES),
+        "directions": 1 if sum(name.startswith("layers.0.mixer.") for name in source.state) <= len(mamba.PER_DIRECTION) + 2 else 4,
         **_mixer(source, "layers.0.mixer.", width),
     }  # fmt: skip
     if token:
@@ -344,6 +338,8 @@ def _column(source: Source, contract: str) -> Architecture:
     if not source.has(*(name for name in mamba.NOT_OURS if name != "head.")):
         return made
     decoder = source.shape("ar_token", 3)[2]
+    for name, axes in (("dec_pos_embed", 3), ("mask", 2)):  # constants, which must be those that we compute
+        source.shape(name, axes)
     task: dict[str, Any] = {
         "decoder_width": decoder, "decoder_depth": source.count(r"dec_block\.(\d+)\."),
         "decoder_heads": source.asked.get("objective.decoder_heads") or max(1, decoder // _ROMA_HEAD),
@@ -398,8 +394,8 @@ def of_rsmamba(source: Source) -> Architecture:
     stride = source.asked.get("stride") or source.said("stride") or patch // 2
     side = math.isqrt(places := inner.shape("pos_embed", 3)[1])
     if side * side != places:
-        raise InputError(f"pos_embed has {places} places, which are no square; a class token is not supported")
-    gates = inner.state.get("gate_layers.0.0.weight")
+        raise InputError(f"pos_embed has {places} places, which are no square (there is no class token here)")
+    gates = next((tensor for name, tensor in inner.state.items() if name.startswith("gate_layers.")), None)
     kind = str(source.said("path_type") or "")
     paths = source.asked.get("paths") or (len(gates) if gates is not None else None)
     paths = paths or (3 if "shuffle" in kind else 2 if "reverse" in kind else 1 if kind else None)
@@ -463,26 +459,52 @@ def load(objective: Any, name: str, config: Any, state: dict[str, Tensor]) -> No
     _LOAD[name](objective, config, state)
 
 
-# What an objective's own parameters are called in published files, for those who look for them there.
-_ROMA = (
-    (r"^decoder\.query", "ar_token"), (r"^decoder\.keys", "enc2dec"), (r"^decoder\.norm\.", "ar_norm."),
-    (r"^decoder\.blocks\.(\d+)\.(q|kv|proj)\.", r"dec_block.\1.attn2.\2."), (r"norm_query", "norm2_1"), (r"norm_key", "norm2_2"),
-    (r"^decoder\.blocks\.(\d+)\.norm\.", r"dec_block.\1.norm2."), (r"^decoder\.blocks", "dec_block"),
-    (r"^head\.linear\.0\.", "ar_pred."), (r"^(?:backbone\.)?blocks\.", "layers."),
+# What our parameters are called in published files, for those who look for them there.
+_MAE = (
+    (r"^decoder\.mask_token", "mask_token"), (r"^decoder\.", "decoder_"),
+    (r"^heads?(?:\.\w+)?\.linear\.0\.", "decoder_pred."),
+    (r"^pos_embed_spectral", "decoder_pos_embed_temporal"),
+    (r"^up\.\w+\.enter\.", "proj_up_conv."), (r"^up\.\w+\.norm\.", "proj_up_norm."),
+    (r"^up\.\w+\.blocks\.0\.", "up_block1."), (r"^up\.\w+\.blocks\.1\.", "up_block2."),
+    (r"^(up_block\d\.)emit\.", r"\1proj_out."), (r"^(up_block\d\.)conv", r"\1res_block.conv"),
 )  # fmt: skip
-_HYPER = ((r"^backbone\.", "encoder."), (r"^heads\.(\w+)\.linear\.0\.", r"decoder.decoder_\1_pred."),
-          (r"^decoder\.(embed|blocks|norm)", r"decoder.decoder_\1"))  # fmt: skip
-_MAE = ((r"^decoder\.mask_token", "mask_token"), (r"^decoder\.", "decoder_"), (r"^heads?(?:\.\w+)?\.linear\.0\.", "decoder_pred."),
-        (r"^head\.linear\.", "decoder_pred."), (r"^pos_embed_spectral", "decoder_pos_embed_temporal"))  # fmt: skip
+_LAYERS = ((r"^(?:backbone\.)?blocks\.", "layers."), (r"^(?:backbone\.)?norm\.", "norm_f."))
+_NAMES: dict[Any, tuple[tuple[str, str], ...]] = {
+    group_vit: ((r"^heads?(?:\.\w+)?\.linear\.", "decoder_pred."), *_MAE),
+    less: (
+        (r"^backbone\.", "encoder."), (r"^heads\.(\w+)\.linear\.0\.", r"decoder.decoder_\1_pred."),
+        (r"^decoder\.(embed|blocks|norm)", r"decoder.decoder_\1"), (r"_embed\.proj\.(?=\D)", "_embed.proj.0."),
+        (r"_embed\.mix\.", "_embed.proj.2."),
+    ),
+    mamba: (
+        (r"^decoder\.query", "ar_token"), (r"^decoder\.keys", "enc2dec"), (r"^decoder\.norm\.", "ar_norm."),
+        *((rf"^decoder\.norms\.{n}\.", f"norm_{n + 1}.") for n in range(4)),
+        (r"^decoder\.blocks\.(\d+)\.(q|kv|proj)\.", r"dec_block.\1.attn2.\2."),
+        (r"^decoder\.blocks\.(\d+)\.norm\.", r"dec_block.\1.norm2."), (r"norm_query", "norm2_1"), (r"norm_key", "norm2_2"),
+        (r"^decoder\.blocks", "dec_block"), (r"^head\.linear\.0\.", "ar_pred."), *_LAYERS,
+    ),
+    vim: _LAYERS,
+    rsmamba: (
+        (r"^blocks\.(\d+)\.gate\.", r"gate_layers.\1.0."), (r"^blocks\.(\d+)\.mixer\.", r"layers.\1."),
+        (r"^patch_embed\.(?=weight)", "patch_embed.projection."),
+    ),
+    vmamba: tuple((f"^{re.escape(ours)}", theirs) for theirs, ours in vmamba.RENAMED.items()),
+}  # fmt: skip
 _SELECTIVE = (
-    (r"^decoder\.blocks\.(\d+)\.(q|kv|proj)\.", r"decoder_blocks.\1.cross_attn.\2."), (r"\.norm\.(?=\w+$)(?<=\d\.norm\.)", ".norm2."),
-    (r"norm_query", "norm1"), *_MAE,
+    (r"^decoder\.blocks\.(\d+)\.(q|kv|proj)\.", r"decoder_blocks.\1.cross_attn.\2."),
+    (r"^decoder\.blocks\.(\d+)\.norm\.", r"decoder_blocks.\1.norm2."), (r"norm_query", "norm1"), *_MAE,
 )  # fmt: skip
-_CALLED = {"roma": _ROMA, "arm": _ROMA, "hyper_mae": _HYPER, "selective_mae": _SELECTIVE}
 
 
-def as_published(name: str, task: str | None) -> str:
-    """What our parameter is called in a published file of objective `task`, as near as names alone tell."""
-    for pattern, published in _CALLED.get(task or "", _MAE):
-        name = re.sub(pattern, published, name)
-    return name.removeprefix("backbone.")
+def as_published(text: str, found: Architecture) -> str:
+    """`text` with names of our parameters as they are called in a published file, as near as names alone tell."""
+    selective = found.objective is not None and found.objective[0] == "selective_mae"
+    names = _SELECTIVE if selective else _NAMES.get(found.family, _MAE)
+
+    def called(name: re.Match[str]) -> str:
+        made = name[0]
+        for ours, theirs in names:
+            made = re.sub(ours, theirs, made)
+        return made.removeprefix("backbone.")
+
+    return re.sub(r"[A-Za-z_]\w*(?:\.\w+)*", called, text)

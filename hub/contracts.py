@@ -1,6 +1,7 @@
 """The input contracts that published weights were trained under, and contracts that a user names instead.
 
-RGB is of 8-bit images, as any folder of them is read. Sentinel-2 is reflectance: the published statistics are of DN, 10,000 times that.
+RGB is of 8-bit images, as any folder of them is read. Sentinel-2 is reflectance: the published statistics are of DN, 10,000 times
+as large.
 """
 
 import json
@@ -33,7 +34,8 @@ def _rgb(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> InputContra
     names = ("red", "green", "blue")
     return InputContract(
         modality="rgb", sensor="unknown", level="unknown", unit="digital number", dtype="uint8",
-        bands=tuple(Band(name=name, common_name=name) for name in names), normalisation=Normalisation(mean=mean, std=std, pixels=(0,) * 3),
+        bands=tuple(Band(name=name, common_name=name) for name in names),
+        normalisation=Normalisation(mean=mean, std=std, pixels=(0,) * 3),
     )  # fmt: skip
 
 
@@ -79,8 +81,8 @@ PUBLISHED: dict[str, tuple[tuple[InputContract, ...], str]] = {
     "fmow_sentinel": ((_clipped(_SATMAE),), _UINT8),
     "spectralgpt": (
         (_clipped(_SPECTRALGPT),),
-        "pretraining took each image's own minimum and maximum to 0 … 1, which a contract cannot say; the rule of its fine-tuning "
-        "on BigEarthNet stands for it",
+        "pretraining took each image's own minimum and maximum to 0 … 1, which a contract cannot say; the rule of its "
+        "fine-tuning on BigEarthNet stands for it",
     ),
     "optical": ((_optical(),), _UNKNOWN),
     "radar": ((_radar(),), _UNKNOWN),
@@ -124,7 +126,8 @@ def _fitting(
     if len(names) != count:
         what = "--contract names" if given else "published ones take"
         raise InputError(
-            f"the weights take {count} bands, and {what} {len(names)} ({', '.join(names)}); --contract FILE.json or SHARDS says which"
+            f"the weights take {count} bands, and {what} {len(names)} ({', '.join(names)}); "
+            "--contract FILE.json or SHARDS says which they are"
         )
     if names != known and sorted(names) == sorted(known):
         raise InputError(_differ("--contract", names, known))
@@ -154,13 +157,8 @@ def _picked(contracts: Sequence[InputContract], bands: Sequence[str]) -> list[In
             raise InputError(
                 f"--bands leaves nothing of {contract.modality}, which the weights take: {', '.join(contract.names)}"
             )
-        made.append(
-            contract.model_copy(
-                update={
-                    "bands": tuple(contract.bands[place] for place in places), "normalisation": statistics.model_copy(update=update)
-                }
-            )
-        )  # fmt: skip
+        bands_of = tuple(contract.bands[place] for place in places)
+        made.append(contract.model_copy(update={"bands": bands_of, "normalisation": statistics.model_copy(update=update)}))
     return made
 
 

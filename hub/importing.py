@@ -122,7 +122,7 @@ def read(
         "config": recipe,
     }
     loaded = Loaded(backbone.eval(), used, (side, side), name, _plain(backbone.config), origin)
-    return Imported(loaded, objective, task, left_out, [*found.notes, *([note] if note else [])])
+    return Imported(loaded, objective, task, left_out, [note] if note else [])
 
 
 def _built(
@@ -133,40 +133,42 @@ def _built(
     try:
         config = registry.configure(name, **found.options)
         backbone = registry.entry(name).build(config)
+        if config.bands != (seen := sum(contract.channels for contract in used.values())):
+            raise ValueError(f"{config.bands} bands are asked for, and the contract has {seen}; --bands or --contract says which")
         if found.objective is None:
-            _fill(backbone, found.family.from_published(state, config), None)
+            _fill(backbone, found.family.from_published(state, config))
             return name, backbone, None, None
         task, options = found.objective
         side = config.image_size
         channels = {contract.modality: contract.channels for contract in used.values()}
         objective = objectives.build(task, backbone, (side, side), channels, **options)
-        load(_Strict(objective, task), task, config, state)
+        load(_Strict(objective), task, config, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = as_published(" ".join(str(error).split()) or type(error).__name__, found)
         raise InputError(f"{path} is not {kind} as published: {text}") from None
     return name, backbone, objective, {"name": task, **_plain(objective.config)}  # type: ignore[attr-defined]
 
 
 class _Strict:
-    """An objective to a loader, which fills it last of all, so that what does not fit is named as the checkpoint does."""
+    """An objective to a loader, which fills it last of all: what does not fit is told in a few words."""
 
-    def __init__(self, objective: Objective, task: str) -> None:
-        self._objective, self._task = objective, task
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
     def load_state_dict(self, ours: dict[str, Tensor], strict: bool = True) -> None:
-        _fill(self._objective, ours, self._task)
+        _fill(self._objective, ours)
 
 
-def _fill(module: nn.Module, ours: Mapping[str, Tensor], task: str | None) -> None:
+def _fill(module: nn.Module, ours: Mapping[str, Tensor]) -> None:
     """Every parameter from `ours`, as fp32. ValueError names the first that are missing, left over or of another shape."""
     own = module.state_dict()
-    wrong = [f"{as_published(name, task)} is missing" for name in own if name not in ours]
-    wrong += [f"{as_published(name, task)} is not known" for name in ours if name not in own]
+    wrong = [f"{name} is missing" for name in own if name not in ours]
+    wrong += [f"{name} is not known" for name in ours if name not in own]
     wrong += [
-        f"{as_published(name, task)} is of shape {tuple(tensor.shape)}, and would have to be {tuple(own[name].shape)}"
+        f"{name} is of shape {tuple(tensor.shape)}, and would have to be {tuple(own[name].shape)}"
         for name, tensor in ours.items()
         if name in own and tensor.shape != own[name].shape
     ]

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,15 @@ def _unpickled(path: Path) -> Any:
             with zipfile.ZipFile(path) as members:
                 if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
                     raise InputError(f"{path} is compressed, which torch.save never does; its size cannot be trusted")
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except InputError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         text = " ".join(str(error).split())
         asked = re.search(r"GLOBAL ([\w.]+)", text)
-        reason = f"it asks for {asked[1]}, which was not called" if asked else text[:200] or type(error).__name__
+        reason = re.sub(r"^Weights only load failed.*?(WeightsUnpickler error: |$)", "", text).partition(" Check the doc")[0]
+        reason = f"it asks for {asked[1]}, which was not called" if asked else reason[:200] or type(error).__name__
         raise InputError(f"{path} cannot be read as weights only: {reason}") from None
 
 

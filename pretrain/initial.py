@@ -1,4 +1,4 @@
-"""Weights that a run starts from (`train.init`): another run's, an export's or an import's backbone, and its objective's if it fits.
+"""Weights that a run starts from (`train.init`): the backbone of a run, export or import, and the objective's where they fit.
 
 The normalisation that these weights were trained with goes on being theirs: the run takes it from them, not from its shards.
 """
