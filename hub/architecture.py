@@ -322,11 +322,12 @@ def _column(source: Source, contract: str) -> Architecture:
     width, bands, *_ = shape = source.shape("patch_embed.proj.weight", 4)
     patch = _square(shape, "patch_embed.proj.weight")
     token = "cls_token" in source.state
+    several = sum(name.startswith("layers.0.mixer.") for name in source.state)  # tensors, two of which are shared by directions
     options: dict[str, Any] = {
         "bands": bands, "patch": patch, "width": width, "depth": source.count(r"layers\.(\d+)\."), "class_token": token,
         "image_size": _side(source.shape("pos_embed", 3)[1] - token, patch, "pos_embed"),
         "positions": "learned" if token else "sincos", "final_norm": "norm_f.weight" in source.state,
-        "directions": 1 if sum(name.startswith("layers.0.mixer.") for name in source.state) <= len(mamba.PER_DIRECTION) + 2 else 4,
+        "directions": 1 if several <= len(mamba.PER_DIRECTION) + 2 else 4,
         **_mixer(source, "layers.0.mixer.", width),
     }  # fmt: skip
     if token:

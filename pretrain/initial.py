@@ -88,13 +88,13 @@ def read_initial(path: Path) -> Initial:
     return Initial(backbone, objective, {contract.modality: contract for contract in contracts}, tensors)
 
 
-def begin(recipe: Recipe, contracts: dict[str, InputContract]) -> None:
-    """Of a run that is new: check what `train.init` names against the run's data, and keep in the run folder what it was.
+def examine(model: Objective, recipe: Recipe, contracts: dict[str, InputContract]) -> None:
+    """Of a run that is new: may it start from `train.init`? `model` may be on the meta device.
 
-    Raises InputError, both sides shown, where the data have other bands.
+    Raises InputError, both sides shown, for data of other bands, and for another backbone.
     """
-    folder, path = recipe.train.init, recipe.run.dir / START
-    if folder is None or path.exists():
+    folder = recipe.train.init
+    if folder is None or (recipe.run.dir / START).exists():
         return
     found = read_initial(folder)
     where = ", ".join(one.path for one in recipe.data.train)
@@ -106,6 +106,24 @@ def begin(recipe: Recipe, contracts: dict[str, InputContract]) -> None:
     for name, contract in contracts.items():
         remedy = "shards with these bands, or a start without train.init"
         found.contracts[name].require(contract, ours=f"train.init {folder}", theirs=where, remedy=remedy)
+    config = model.backbone.config
+    differing = [
+        f"{key} is {value!r} there, {_plain(getattr(config, key))!r} here"
+        for key, value in found.backbone["options"].items()
+        if key not in _FREE and hasattr(config, key) and _plain(getattr(config, key)) != value
+    ]
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_BACKBONE)}
+    theirs = {name: tensor for name, tensor in found.tensors.items() if name.startswith(_BACKBONE)}
+    if wrong := "; ".join(differing) or _misfits(theirs, own):
+        raise InputError(f"train.init: backbone {recipe.backbone['name']} is not the one in {folder}: {wrong}")
+
+
+def begin(recipe: Recipe, contracts: dict[str, InputContract]) -> None:
+    """Keep in the run folder, once, what a run that was examined starts from."""
+    folder, path = recipe.train.init, recipe.run.dir / START
+    if folder is None or path.exists():
+        return
+    found = read_initial(folder)
     used = {name: found.contracts[name].model_dump(mode="json") for name in contracts}
     write_json(path, {"backbone": found.backbone["name"], "objective": found.objective, "contracts": used})
 
@@ -131,42 +149,24 @@ def load(model: Objective, recipe: Recipe) -> str:
     """Fill `model` from `train.init`, and return one line that says what was taken.
 
     The objective's own parameters are taken where the objective is the same and all of them fit; else they stay as initialised.
-    Raises InputError for another backbone.
     """
     folder = recipe.train.init
     assert folder is not None
-    found = read_initial(folder)
-    own = model.state_dict()
-    backbone = {name: tensor for name, tensor in found.tensors.items() if name.startswith(_BACKBONE)}
-    _require_same(folder, found.backbone, recipe.backbone["name"], model)
-    wanted = {name: own[name] for name in own if name.startswith(_BACKBONE)}
-    if wrong := _misfits(backbone, wanted):
-        raise InputError(f"train.init: the backbone in {folder} is another one: {wrong}")
-    head = {name: tensor for name, tensor in found.tensors.items() if name not in backbone}
-    task = recipe.objective["name"]
+    found, task = read_initial(folder), recipe.objective["name"]
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_BACKBONE)}
+    theirs = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_BACKBONE)}
     if found.objective is None:
         reason = "nothing but the backbone is there"
     elif found.objective["name"] != task:
         reason = f"that of {folder} is {found.objective['name']}"
     else:
-        reason = _misfits(head, {name: own[name] for name in own if name not in wanted})
-    model.load_state_dict(backbone if reason else backbone | head, strict=False)
+        reason = _misfits(theirs, own)
+    taken = {name: tensor for name, tensor in found.tensors.items() if not reason or name.startswith(_BACKBONE)}
+    model.load_state_dict(taken, strict=not reason)
     if reason:
         model.after_start()
-    taken = f"objective {task} anew, since {reason}" if reason else f"the weights of objective {task} too"
-    return f"starting from the weights of {folder}: backbone {found.backbone['name']}, {taken}; normalised as there"
-
-
-def _require_same(folder: Path, theirs: dict[str, Any], name: str, model: Objective) -> None:
-    """InputError unless options that give parameters a meaning (heads, a scan's directions) are alike."""
-    config = model.backbone.config
-    differing = [
-        f"{key} is {value!r} there, {getattr(config, key)!r} here"
-        for key, value in theirs["options"].items()
-        if key not in _FREE and hasattr(config, key) and _plain(getattr(config, key)) != _plain(value)
-    ]
-    if differing:
-        raise InputError(f"train.init: backbone {name} is not the one in {folder}: {'; '.join(differing)}")
+    head = f"objective {task} anew, since {reason}" if reason else f"the weights of objective {task} too"
+    return f"starting from the weights of {folder}: backbone {found.backbone['name']}, {head}; normalised as there"
 
 
 def _plain(value: Any) -> Any:

@@ -89,7 +89,8 @@ def _examine(recipe: Recipe, world: World) -> None:
         stages = plan(recipe.train, data)
         with torch.device("meta"):  # every stage's size now, not when the stage begins
             for stage in stages:
-                build.model(recipe, data, stage.size, stages[-1].size)
+                made = build.model(recipe, data, stage.size, stages[-1].size)
+        initial.examine(made, recipe, data.contracts)
     finally:
         data.close()
 
