@@ -1,19 +1,22 @@
 """A frozen backbone from whatever a user points at: a run folder, a checkpoint in it, or an exported folder."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from swath.backbones.base import Backbone, create
 from swath.pretrain.checkpoint import read_checkpoint
-from swath.pretrain.initial import CONFIG, MODEL_TYPE, WEIGHTS, read_export  # noqa: F401 - export.py takes them from here
-from swath.shards.bands import InputContract
+from swath.shards.bands import InputContract, side_by_side
 from swath.shards.errors import InputError
 
+CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "swath"
 _PREFIX = "model.backbone."
 
 
@@ -34,10 +37,13 @@ class Loaded:
 
     @property
     def contract(self) -> InputContract:
-        """Of the only modality; InputError where it was trained on several."""
-        if len(self.contracts) > 1:
+        """Of the only modality, or of several whose bands the backbone sees as one image; else InputError."""
+        contracts = list(self.contracts.values())
+        if len(contracts) == 1:
+            return contracts[0]
+        if sum(contract.channels for contract in contracts) != self.backbone.config.bands:
             raise InputError(f"the backbone was trained on {', '.join(self.contracts)}; name one modality")
-        return next(iter(self.contracts.values()))
+        return side_by_side(contracts)
 
 
 def load_backbone(path: Path | str) -> Loaded:
@@ -49,7 +55,7 @@ def load_backbone(path: Path | str) -> Loaded:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint or an exported folder")
-    exported = read_export(path)
+    exported = _read_export(path)
     state, tensors = exported or read_checkpoint(path, _PREFIX)
     try:
         name, options = state["backbone"]["name"], state["backbone"]["options"]
@@ -79,6 +85,29 @@ def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, i
 
 def _origin(state: dict[str, Any]) -> dict[str, Any]:
     return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config") if key in state}
+
+
+def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """An exported folder in the shape of a checkpoint's (state, tensors), or None where `path` is no such folder.
+
+    Only config.json and the weights are read: code that lies in the folder is never run.
+    """
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        return None
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        if config.get("model_type") != MODEL_TYPE:
+            raise InputError(f"{path} holds a {config.get('model_type')} model, not one that `swath export` wrote")
+        tensors = load_file(path / WEIGHTS)
+        state = {
+            "backbone": {"name": config["backbone_name"], "options": config["backbone_options"]},
+            "contracts": config.get("input_contracts") or {"input": config["input_contract"]},
+            "config": {"data": {"size": config["image_size"]}},
+            "origin": config["origin"],
+        }
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise InputError(f"the export {path} is damaged ({error}); export it again") from None
+    return state, {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
 
 
 def _fill(backbone: Backbone, tensors: dict[str, Tensor], path: Path) -> None:

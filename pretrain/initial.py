@@ -21,7 +21,7 @@ from swath.shards.errors import InputError
 from swath.shards.files import write_json
 
 log = logging.getLogger("swath")
-CONFIG, WEIGHTS, OBJECTIVE, MODEL_TYPE = "config.json", "model.safetensors", "objective.safetensors", "swath"
+CONFIG, WEIGHTS, OBJECTIVE = "config.json", "model.safetensors", "objective.safetensors"  # of an export or an import
 START = "start.json"  # in the run folder: what it started from
 _BACKBONE = "backbone."
 # Of a backbone's options what may be other than where the weights come from: it changes no parameter's meaning.
@@ -39,53 +39,29 @@ class Initial:
     tensors: dict[str, Tensor]
 
 
-def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """An exported or imported folder in the shape of a checkpoint's (state, the backbone's tensors), or None where `path` is no
-    such folder.
-
-    Only config.json and the weights are read: code that lies in the folder is never run.
-    """
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        return None
-    try:
-        config = json.loads((path / CONFIG).read_text())
-        if config.get("model_type") != MODEL_TYPE:
-            raise InputError(f"{path} holds a {config.get('model_type')} model, not one that `swath export` wrote")
-        tensors = load_file(path / WEIGHTS)
-        state = {
-            "backbone": {"name": config["backbone_name"], "options": config["backbone_options"]},
-            "objective": config.get("objective"),
-            "contracts": config.get("input_contracts") or {"input": config["input_contract"]},
-            "config": {"data": {"size": config["image_size"]}},
-            "origin": config["origin"],
-        }
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise InputError(f"the export {path} is damaged ({error}); export it again") from None
-    return state, {name.removeprefix(_BACKBONE): tensor for name, tensor in tensors.items()}
-
-
 def read_initial(path: Path) -> Initial:
     """The weights at `path`: a run folder (its latest checkpoint), a checkpoint, an exported or an imported folder.
 
-    Raises InputError where there are none, or they are damaged.
+    Of the latter only config.json and the weights are read: code that lies in the folder is never run. Raises InputError where
+    there are no weights, or they are damaged.
     """
-    exported = read_export(path)
     try:
-        if exported is not None:
-            state, tensors = exported
-            tensors = {_BACKBONE + name: tensor for name, tensor in tensors.items()}
-            objective = state["objective"]
+        if (path / CONFIG).is_file():
+            config = json.loads((path / CONFIG).read_text())
+            backbone = {"name": config["backbone_name"], "options": config["backbone_options"]}
+            listed = config.get("input_contracts") or {"input": config["input_contract"]}
+            objective, tensors = config.get("objective"), load_file(path / WEIGHTS)
             if objective is not None:
                 tensors |= load_file(path / OBJECTIVE)
         else:
             state, tensors = read_checkpoint(path, "model.")
+            backbone, listed = state["backbone"], state["contracts"]
             options = dict(state["config"]["objective"])
             objective = {"name": options.pop("name"), "options": options}
-        contracts = [InputContract.model_validate(contract) for contract in state["contracts"].values()]
-        backbone = {"name": state["backbone"]["name"], "options": state["backbone"]["options"]}
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        contracts = [InputContract.model_validate(contract) for contract in listed.values()]
+        return Initial(backbone, objective, {contract.modality: contract for contract in contracts}, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
         raise InputError(f"train.init: {path} cannot be read ({' '.join(str(error).split())})") from None
-    return Initial(backbone, objective, {contract.modality: contract for contract in contracts}, tensors)
 
 
 def examine(model: Objective, recipe: Recipe, contracts: dict[str, InputContract]) -> None:

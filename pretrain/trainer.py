@@ -88,9 +88,8 @@ def _examine(recipe: Recipe, world: World) -> None:
         _cut(recipe, world)
         stages = plan(recipe.train, data)
         with torch.device("meta"):  # every stage's size now, not when the stage begins
-            for stage in stages:
-                made = build.model(recipe, data, stage.size, stages[-1].size)
-        initial.examine(made, recipe, data.contracts)
+            made = [build.model(recipe, data, stage.size, stages[-1].size) for stage in stages]
+        initial.examine(made[-1], recipe, data.contracts)
     finally:
         data.close()
 
