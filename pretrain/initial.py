@@ -4,7 +4,6 @@ The normalisation that these weights were trained with goes on being theirs: the
 """
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.files import write_json
 
-log = logging.getLogger("swath")
 CONFIG, WEIGHTS, OBJECTIVE = "config.json", "model.safetensors", "objective.safetensors"  # of an export or an import
 START = "start.json"  # in the run folder: what it started from
 _BACKBONE = "backbone."

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from swath.hub import importing
 from swath.hub.architecture import KINDS, kind_of
-from swath.hub.contracts import PUBLISHED
+from swath.hub.contracts import PUBLISHED, read_contracts
 from swath.hub.importing import import_published
 from swath.hub.load import load_backbone
 from swath.launch.cli import main
 from swath.shards.bands import InputContract, Normalisation
+from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 from swath.shards.prepare import prepare
-from swath.shards.reader import Chips, Stored
+from swath.shards.reader import Chips, ShardReader, Stored
 from tests.parity import kinds, kinds_hyper, kinds_mamba, kinds_satmae, kinds_selective, kinds_spectralgpt
 from tests.parity.fixtures import ROOT, Fixture, folders, read
 from tests.parity.kinds import KINDS as RUN
+from tests.shard_folders import make_shards
 
 # Of each kind of fixture that is a whole model, what `swath import` calls its code.
 IMPORTED = {
@@ -321,3 +323,31 @@ def test_the_command_lists_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(KINDS)
     assert main(["import", "mae"]) == 2
+
+
+# --- going on ---
+
+
+def test_pretraining_goes_on_from_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the commands that the documentation names; the loss before the first step is that of the imported weights."""
+    shards = make_shards(tmp_path / "shards", samples=20)
+    torch.save({"model": small(), "args": argparse.Namespace(norm_pix_loss=False, mask_ratio=0.5)}, tmp_path / "file.pth")
+    folder = tmp_path / "import"
+    assert main(["import", "mae", str(tmp_path / "file.pth"), "--to", str(folder), "--contract", str(shards)]) == 0
+    said = capsys.readouterr().out
+    assert "objective: mae" in said and "bands: image red, green, blue" in said
+    assert not any(str(tmp_path) in (folder / name).read_text() for name in ("config.json", "recipe.yaml"))
+    more = [f"train.init={folder}", f"data.train={shards}", f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "health.samples=8",
+            "train.global_batch=8", "train.precision=fp32", "train.threads=1"]  # fmt: skip
+    assert main(["pretrain", str(folder / "recipe.yaml"), *more]) == 0
+    row = json.loads((tmp_path / "run" / "health.jsonl").read_text().splitlines()[0])
+    made = importing.read("mae", tmp_path / "file.pth", contracts=read_contracts(shards))
+    objective: Any = made.objective
+    assert objective.config.mask_ratio == 0.5 and not objective.config.normalise_patches
+    reader = ShardReader(shards)
+    chips = reader.chips(np.linspace(0, len(reader) - 1, 8).astype(np.int64))
+    batch = prepare(chips, made.loaded.contracts, (32, 32))
+    with torch.no_grad():
+        outcome = objective.eval()(batch, Draw(0, batch.id, batch.visit))
+    assert row["step"] == 0 and row["loss"] == pytest.approx(float(outcome.numerator / outcome.weight), rel=1e-6)
+    assert main(["probe", "knn", str(folder), "--train", str(shards), "--test", str(shards)]) == 0
