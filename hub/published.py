@@ -23,7 +23,7 @@ LARGEST = 32 * 2**30
 # What training scripts store beside weights, as data: their arguments, and numbers of numpy under its old and new names.
 _HARMLESS: list[Any] = [
     argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_fixtures_keep_their_numbers(folder: Path, tmp_path: Path, monkeypatch: 
     if config["objective"] is not None:
         tensors |= load_file(place / "objective.safetensors")
 
-    def fill(objective: Any, *_: Any) -> None:
+    def fill(objective: Any, *more: Any) -> None:
         own = objective.state_dict()
         named = {}
         for name, tensor in tensors.items():  # the fixture's run calls the modality something of its own
@@ -337,8 +337,8 @@ def test_pretraining_goes_on_from_an_import(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert "objective: mae" in said and "bands: image red, green, blue" in said
     assert not any(str(tmp_path) in (folder / name).read_text() for name in ("config.json", "recipe.yaml"))
-    more = [f"train.init={folder}", f"data.train={shards}", f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "health.samples=8",
-            "train.global_batch=8", "train.precision=fp32", "train.threads=1"]  # fmt: skip
+    short = ["train.max_steps=1", "train.global_batch=8", "train.precision=fp32", "train.threads=1", "health.samples=8"]
+    more = [f"train.init={folder}", f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *short]
     assert main(["pretrain", str(folder / "recipe.yaml"), *more]) == 0
     row = json.loads((tmp_path / "run" / "health.jsonl").read_text().splitlines()[0])
     made = importing.read("mae", tmp_path / "file.pth", contracts=read_contracts(shards))
