@@ -88,8 +88,11 @@ class SwathImageProcessor(ImageProcessingMixin):
         if self.input_contract["nodata"] is not None:
             valid_thw &= (x_tchw != self.input_contract["nodata"]).all(dim=1)
         factor, shift = torch.tensor(scale, dtype=torch.float32) / std, (torch.tensor(add, dtype=torch.float32) - mean) / std
+        x_chw = x_chw * factor[:, None, None] + shift[:, None, None]
+        if statistics.get("clip") is not None:
+            x_chw = x_chw.clamp(*statistics["clip"])
         valid_chw = valid_thw.repeat_interleave(x_tchw.shape[1], dim=0)
-        return torch.where(valid_chw, x_chw * factor[:, None, None] + shift[:, None, None], 0.0), valid_thw
+        return torch.where(valid_chw, x_chw, 0.0), valid_thw
 
     def _bands_first(self, image: Any, layout: str | None) -> Tensor:
         """(C, H, W) in the stored dtype; ValueError names the bands that are expected."""
