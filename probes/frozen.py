@@ -115,7 +115,7 @@ def classified(scores: Scores, classes: tuple[str, ...]) -> Judged:
     """Of a probe that gives each sample one class."""
     recall = {name: None if share != share else float(share) for name, share in zip(classes, scores.recall, strict=True)}
     present = [share for share in recall.values() if share is not None]
-    metrics = {"accuracy": scores.accuracy, "mean_recall": float(np.mean(present))}
+    metrics: dict[str, float | None] = {"accuracy": scores.accuracy, "mean_recall": float(np.mean(present))}
     details = {"classes": list(classes), "recall": recall, "confusion": scores.confusion.tolist()}
     return Judged(metrics, {"accuracy": scores.interval}, scores.settings, details)
 

@@ -52,8 +52,8 @@ def probes(tasks: Sequence[str], backbone: Path | str, train: Path | str, test: 
     """Several probes of the same features, which are computed once; otherwise as `probe`.
 
     `more` are val; size, the side in pixels that chips are resized to (what the backbone was trained at); precision, "auto",
-    "fp32" or "bf16"; seed; cache, the folder of features, True for ~/.cache/swath/features, False for none; pretrained_on, folders
-    of shards that the backbone saw; progress; and the tasks' own options (one goes to each task that has it).
+    "fp32" or "bf16"; seed; cache, the folder of features, True for ~/.cache/swath/features, False for none; pretrained_on, shards
+    that the backbone saw; progress; and the tasks' own options (one goes to each task that has it).
     """
     return _run(tasks, backbone, train, test, **more)
 

@@ -49,7 +49,8 @@ def _add_tasks(p: argparse.ArgumentParser) -> None:
 
 def _add_flag(q: argparse.ArgumentParser, f: "dataclasses.Field[Any]", hint: Any) -> None:
     """--name-of-field; of a list, values with commas between them."""
-    flag, told = f"--{f.name.replace('_', '-')}", {"dest": f"option_{f.name}", "default": argparse.SUPPRESS}
+    flag = f"--{f.name.replace('_', '-')}"
+    told: dict[str, Any] = {"dest": f"option_{f.name}", "default": argparse.SUPPRESS}
     told["help"] = f.metadata.get("help", "").replace("%", "%%")
     if hint is bool:
         q.add_argument(flag, action=argparse.BooleanOptionalAction if f.default else "store_true", **told)
