@@ -156,9 +156,8 @@ def _probes(run: Path) -> str:
     for path in sorted((run / "probes").glob("*.json")):
         result = json.loads(path.read_text())
         metrics = list(dict.fromkeys(name for row in result.get("rows", []) for name in row["metrics"]))
-        seen = {True: " (transductive)", None: " (transductive?)", False: ""}
         rows = [
-            [row["name"] + seen[row["transductive"]], *(_with_interval(row, name) for name in metrics)]
+            [row["name"] + " (transductive)" * bool(row["transductive"]), *(_with_interval(row, name) for name in metrics)]
             for row in result.get("rows", [])
         ]
         made += f"<h2>Probe: {html.escape(result['task'])}</h2>" + _table(rows, ["", *metrics])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -133,8 +133,9 @@ def over(
     """(N, D) float32: `made_of` each batch of the samples `numbers`, prepared by `contract` at `size`."""
     batch = batch or max(1, min(_BATCH, _PIXELS // (size[0] * size[1])))
     rows: list[np.ndarray] = []
+    parts = ((numbers[first : first + batch], None) for first in range(0, len(numbers), batch))
     with torch.inference_mode(), tqdm(total=len(numbers), desc="features", unit="img", disable=not progress) as bar:
-        for chips in _decoded_ahead(reader, numbers, batch):
+        for chips in decoded_ahead(reader, parts):
             rows.append(made_of(prepare(chips.to(device), {contract.modality: contract}, size)).float().cpu().numpy())
             bar.update(len(rows[-1]))
     return np.concatenate(rows)
@@ -144,7 +145,7 @@ def features(bench: Bench, part: str, *, loaded: Loaded | None = None, numbers: 
     """As `extract`, of a part of the bench ("train", "val", "test"), by its backbone or another; computed once, see `cache`."""
     loaded, reader = loaded or bench.loaded, bench.readers[part]
     numbers = labelled(reader) if numbers is None else numbers
-    key = _key(loaded, reader, numbers, bench)
+    key = key_of(loaded, reader, numbers, bench)
     x = bench.memory[key] if key in bench.memory else cache.load(bench.cache, key, (len(numbers), loaded.backbone.pooled_width))
     if x is None:
         started = time.perf_counter()
@@ -158,7 +159,7 @@ def features(bench: Bench, part: str, *, loaded: Loaded | None = None, numbers: 
     return with_labels(x, reader, numbers)
 
 
-def _key(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench) -> str:
+def key_of(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench) -> str:
     """A hash of all that decides the numbers: weights, contract with its normalisation, samples, size, precision, context."""
     contract = require_contract(loaded, reader)
     said = [
@@ -175,13 +176,13 @@ def _key(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench)
     return digest.hexdigest()
 
 
-def _decoded_ahead(reader: ShardReader, numbers: np.ndarray, batch: int) -> Iterator[Chips]:
-    """Batches in order, up to two of them decoded in a thread while the backbone works."""
+def decoded_ahead(reader: ShardReader, batches: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Iterator[Chips]:
+    """Batches of (sample numbers, visits) in order, up to two of them decoded in a thread while the backbone works."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="swath-decode")
     waiting: deque[Future[Chips]] = deque()
     try:
-        for first in range(0, len(numbers), batch):
-            waiting.append(pool.submit(reader.chips, numbers[first : first + batch]))
+        for numbers, visits in batches:
+            waiting.append(pool.submit(reader.chips, numbers, visits))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:

@@ -14,6 +14,7 @@ from swath.probes.features import Features, features, match_classes, require_cla
 from swath.probes.metrics import Scores
 from swath.probes.statistics import colour_statistics, places
 from swath.probes.task import Bench, Result, Row
+from swath.probes.tune import Tuning, tune
 from swath.shards.bands import InputContract, Normalisation
 from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
@@ -61,8 +62,11 @@ def parts_of(bench: Bench, make: Callable[[str], Features], *, classes: bool) ->
     return {part: one if part == "train" else match_classes(parts["train"], one) for part, one in parts.items()}
 
 
-def sources(bench: Bench, options: FrozenOptions, pick: Pick | None = None) -> Iterator[tuple[str, Parts]]:
-    """The rows of the table and the features behind each; `pick` says which samples count, by default those with a class."""
+def sources(
+    bench: Bench, options: FrozenOptions, pick: Pick | None = None, targets: dict[str, np.ndarray] | None = None
+) -> Iterator[tuple[str, Parts]]:
+    """The rows of the table and the features behind each; `pick` says which samples count, by default those with a class;
+    `targets` (N, C) bool, what else than its class a sample is to be told to be by the training from scratch."""
     numbers = {part: pick(reader) if pick else None for part, reader in bench.readers.items()}
     classes = pick is None
 
@@ -86,16 +90,32 @@ def sources(bench: Bench, options: FrozenOptions, pick: Pick | None = None) -> I
             ),
         )
 
+    if options.from_scratch:
+        reader = bench.readers["train"]
+        rows = _numbers(reader, numbers["train"])
+        wanted = targets["train"] if targets else reader.labels[rows][:, None] == np.arange(len(reader.manifest.classes))
+        random = fresh(bench.loaded, bench.seed)
+        how = {"precision": bench.precision, "progress": bench.progress}
+        tuning = Tuning(epochs=options.from_scratch, layer_decay=1.0)
+        model = tune(random, reader, rows, wanted, tuning, lr_per_256=5e-4, seed=bench.seed, **how)
+        yield "from scratch", of(bench, replace(random, backbone=model.backbone))
+
 
 def _numbers(reader: ShardReader, numbers: np.ndarray | None) -> np.ndarray:
     return np.flatnonzero(reader.labels >= 0) if numbers is None else numbers
 
 
-def frozen(bench: Bench, options: FrozenOptions, judge: Callable[[Parts], Judged], pick: Pick | None = None) -> Result:
+def frozen(
+    bench: Bench,
+    options: FrozenOptions,
+    judge: Callable[[Parts], Judged],
+    pick: Pick | None = None,
+    targets: dict[str, np.ndarray] | None = None,
+) -> Result:
     """`judge` the features of every row; the backbone's own settings and details stand in the result."""
     rows: list[Row] = []
     result: Result | None = None
-    for name, parts in sources(bench, options, pick):
+    for name, parts in sources(bench, options, pick, targets):
         judged = judge(parts)
         rows.append(Row(name, judged.metrics, judged.interval))
         if result is None:

@@ -199,7 +199,10 @@ def table(result: dict[str, Any]) -> str:
         head += f"  (95 % interval {low:.3f} to {high:.3f})"
     lines = [head, f"{result['backbone']['name']}, {result['settings']['precision']}; {_counts(result)}", "", *_rows(result)]
     if result["transductive"] is not False:
-        lines += ["", f"{'transductive' if result['transductive'] else 'transductive?'}: {result['transductive_because']}"]
+        lines += [
+            "",
+            f"{'transductive' if result['transductive'] else 'transductive or not is unknown'}: {result['transductive_because']}",
+        ]
     for part, count in result["test_samples_also_in"].items():
         if count:
             lines += [f"{count:,} samples of test are in {part} too: these figures say little"]
@@ -225,8 +228,7 @@ def _rows(result: dict[str, Any]) -> list[str]:
     metrics = list(dict.fromkeys(name for row in result["rows"] for name in row["metrics"]))
     cells = [["", *metrics]]
     for row in result["rows"]:
-        mark = {True: " (transductive)", None: " (transductive?)", False: ""}[row["transductive"]]
-        shown = [row["name"] + mark]
+        shown = [row["name"] + (" (transductive)" if row["transductive"] else "")]
         for name in metrics:
             ends = row["interval"].get(name)
             shown.append(_share(row["metrics"].get(name)) + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""))
