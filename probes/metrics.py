@@ -9,6 +9,7 @@ from sklearn.metrics import confusion_matrix
 from swath.shards.draw import hashes
 
 REPLICATES, SEED = 1000, 0
+_AT_ONCE = 1 << 19  # numbers drawn
 
 
 @dataclass
@@ -41,11 +42,7 @@ def interval(correct: np.ndarray, block: np.ndarray) -> tuple[float, float]:
     unit, count = _units(block)
     total = np.bincount(unit).astype(np.float64)
     right = np.bincount(unit, weights=correct)
-    accuracy = np.empty(REPLICATES)
-    for replicate in range(REPLICATES):
-        drawn = _drawn(replicate, count)
-        accuracy[replicate] = right[drawn].sum() / total[drawn].sum()
-    return ends(accuracy)
+    return ends(np.concatenate([right[rows].sum(axis=1) / total[rows].sum(axis=1) for rows in _drawn(count)]))
 
 
 def interval_of_draws(correct_dn: np.ndarray, block: np.ndarray) -> tuple[float, float]:
@@ -53,20 +50,22 @@ def interval_of_draws(correct_dn: np.ndarray, block: np.ndarray) -> tuple[float,
     unit, count = _units(block)
     total = np.bincount(unit).astype(np.float64)
     right_du = np.stack([np.bincount(unit, weights=correct) for correct in correct_dn])
-    accuracy = np.empty(REPLICATES)
-    for replicate in range(REPLICATES):
-        drawn = _drawn(replicate, count)
-        again = _drawn(replicate, len(right_du), "bootstrap/draws")
-        accuracy[replicate] = right_du[again][:, drawn].sum() / (len(again) * total[drawn].sum())
-    return ends(accuracy)
+    again = np.concatenate(list(_drawn(len(right_du), "bootstrap/draws")))
+    accuracy, first = [], 0
+    for rows in _drawn(count):
+        right_rdu = np.take_along_axis(right_du[again[first : first + len(rows)]], rows[:, None], axis=2)
+        accuracy.append(right_rdu.sum(axis=(1, 2)) / (len(right_du) * total[rows].sum(axis=1)))
+        first += len(rows)
+    return ends(np.concatenate(accuracy))
 
 
 def resampled(block: np.ndarray) -> Iterator[np.ndarray]:
     """(N,) float64, REPLICATES times: how often each sample is drawn when whole blocks are, as in `interval`. For a measure of
     all samples together."""
     unit, count = _units(block)
-    for replicate in range(REPLICATES):
-        yield np.bincount(_drawn(replicate, count), minlength=count)[unit].astype(np.float64)
+    for rows in _drawn(count):
+        for drawn in rows:
+            yield np.bincount(drawn, minlength=count)[unit].astype(np.float64)
 
 
 def ends(values: np.ndarray) -> tuple[float, float]:
@@ -81,10 +80,13 @@ def _units(block: np.ndarray) -> tuple[np.ndarray, int]:
     return unit, len(names)
 
 
-def _drawn(replicate: int, count: int, stream: str = "bootstrap") -> np.ndarray:
-    """(count,) int64 in [0, count), with repetition."""
-    bits = hashes(SEED, stream, replicate * count, count).numpy()
-    return (bits & np.int64(2**62 - 1)) % count
+def _drawn(count: int, stream: str = "bootstrap") -> Iterator[np.ndarray]:
+    """(R, count) int64 in [0, count), with repetition; REPLICATES rows in all, some at a time."""
+    some = max(1, min(REPLICATES, _AT_ONCE // count))
+    for first in range(0, REPLICATES, some):
+        rows = min(some, REPLICATES - first)
+        bits = hashes(SEED, stream, first * count, rows * count).numpy()
+        yield ((bits & np.int64(2**62 - 1)) % count).reshape(rows, count)
 
 
 class AveragePrecision:

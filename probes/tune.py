@@ -171,17 +171,14 @@ def predict(
 def groups(model: Classifier, tuning: Tuning) -> list[dict[str, Any]]:
     """Parameter groups: what comes before the first block is layer 0, block i layer i + 1, what lies between two blocks goes with
     the first of them, and what comes after the last, with the head, is on top. Vectors do not decay."""
-    blocks = {id(p): n for n, block in enumerate(blocks_of(model.backbone)) for p in block.parameters()}
+    blocks = {id(p): n + 1 for n, block in enumerate(blocks_of(model.backbone)) for p in block.parameters()}
     top = len(blocks_of(model.backbone)) + 1
+    inside = list(model.backbone.parameters())
+    last = max((place for place, p in enumerate(inside) if id(p) in blocks), default=-1)
     layer, found = 0, []
-    left = len(set(blocks.values()))  # blocks whose parameters are still to come
-    for p in model.backbone.parameters():
-        if id(p) in blocks:
-            left -= blocks[id(p)] + 1 > layer
-            layer = max(layer, blocks[id(p)] + 1)
-            found.append((p, blocks[id(p)] + 1))
-        else:
-            found.append((p, layer if left else top))
+    for place, p in enumerate(inside):
+        layer = top if place > last else blocks.get(id(p), layer)
+        found.append((p, layer))
     found += [(p, top) for part in (model.norm, model.head) for p in part.parameters()]
     made: dict[tuple[int, bool], dict[str, Any]] = {}
     for p, number in found:
