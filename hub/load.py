@@ -3,7 +3,7 @@ exported folder, or a Hub id."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Loaded:
     """A backbone in eval mode and fp32, and what must be known to use it.
 
     `name` and `options` rebuild it (`create(name, **options)`); `size` is the (height, width) in pixels that it was trained
-    at; `origin` says where it comes from: step, samples, versions, and the resolved recipe under "config".
+    at; `origin` says where it comes from: step, samples, versions, and the resolved recipe under "config"; `shards` lists what
+    a run was trained on: data set number, name, samples, checksum.
     """
 
     backbone: Backbone
@@ -39,6 +40,7 @@ class Loaded:
     name: str
     options: dict[str, Any]
     origin: dict[str, Any]
+    shards: list[list[Any]] = field(default_factory=list)
 
     @property
     def contract(self) -> InputContract:
@@ -89,7 +91,7 @@ def load_backbone(path: Path | str) -> Loaded:
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
     _fill(backbone, tensors, path)
-    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin)
+    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin, state.get("shards", []))
 
 
 def load_objective(path: Path | str) -> Objective:

@@ -83,7 +83,8 @@ def _summary(run: Path, metrics: list[dict[str, Any]], health: list[dict[str, An
         rows.append((f"loss on {on} samples", health[-1]["loss"]))
     for path in sorted((run / "probes").glob("*.json")):
         result = json.loads(path.read_text())
-        rows.append((f"{result['task']} probe accuracy", result["accuracy"]))
+        metric = result.get("metric", "accuracy")
+        rows.append((f"{result['task']} probe: {metric}", result[metric]))
     return _table(rows)
 
 
@@ -138,11 +139,7 @@ def _pictures(run: Path) -> str:
     if not paths:
         return ""
     chosen = [paths[-1]] if len(paths) == 1 else [paths[0], paths[-1]]
-    figures = [
-        f'<figure><img alt="reconstructions" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>step {int(path.stem[5:])}: input, what the encoder saw, reconstruction</figcaption></figure>"
-        for path in chosen
-    ]
+    figures = [_figure(path, f"step {int(path.stem[5:])}: input, what the encoder saw, reconstruction") for path in chosen]
     return "<h2>Reconstructions</h2>" + "".join(figures)
 
 
@@ -158,15 +155,24 @@ def _probes(run: Path) -> str:
     made = ""
     for path in sorted((run / "probes").glob("*.json")):
         result = json.loads(path.read_text())
-        low, high = result["interval"]
-        rows = [("accuracy", result["accuracy"]), ("95 % interval", f"{low:.4f} to {high:.4f}")]
-        rows += [(key, result[key]) for key in ("n_train", "n_test", "feature_width") if key in result]
-        made += f"<h2>Probe: {html.escape(result['task'])}</h2>" + _table(rows)
-        if "confusion" in result:
-            made += _confusion(result["classes"], result["confusion"])
+        metrics = list(dict.fromkeys(name for row in result.get("rows", []) for name in row["metrics"]))
+        rows = [
+            [row["name"] + " (transductive)" * bool(row["transductive"]), *(_with_interval(row, name) for name in metrics)]
+            for row in result.get("rows", [])
+        ]
+        made += f"<h2>Probe: {html.escape(result['task'])}</h2>" + _table(rows, ["", *metrics])
+        made += "".join(_figure(path.with_name(f"{path.stem}-{name}.png"), name) for name in result.get("pictures", []))
     return made
 
 
-def _confusion(classes: list[str], counts: list[list[int]]) -> str:
-    head = ["true \\ predicted", *classes]
-    return _table([[name, *row] for name, row in zip(classes, counts, strict=True)], head)
+def _with_interval(row: dict[str, Any], metric: str) -> str:
+    value, ends = row["metrics"].get(metric), row["interval"].get(metric)
+    shown = "–" if value is None else f"{value:.4f}"
+    return f"{shown} ({ends[0]:.4f} to {ends[1]:.4f})" if ends else shown
+
+
+def _figure(path: Path, caption: str) -> str:
+    if not path.exists():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'

@@ -1,21 +1,33 @@
-"""Pooled features of every labelled sample, computed once; the probes see nothing else."""
+"""Pooled features of labelled samples, computed once; frozen probes see nothing else."""
 
+import hashlib
+import json
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+import swath
+from swath.backbones.base import Context
 from swath.hub.load import Loaded
 from swath.pretrain.objective import context
+from swath.pretrain.precision import Precision, autocast
+from swath.probes import cache
+from swath.probes.task import Bench
 from swath.shards.bands import InputContract
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
-from swath.shards.prepare import prepare
+from swath.shards.prepare import Batch, prepare
 from swath.shards.reader import Chips, ShardReader
+
+_BATCH, _PIXELS = 256, 1 << 22  # images at once, of at most so many pixels together
 
 
 @dataclass
@@ -46,57 +58,131 @@ def require_contract(loaded: Loaded, reader: ShardReader) -> InputContract:
     return contract
 
 
+def resolve(asked: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
+    """`auto` is bf16 where the device multiplies in it: by what it is, never by a measurement, so that it is the same again."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def labelled(reader: ShardReader) -> np.ndarray:
+    """(N,) the samples that have a class. InputError where none has."""
+    numbers = np.flatnonzero(reader.labels >= 0)
+    if len(numbers) == 0:
+        raise InputError(f"data set {reader.manifest.dataset} has no labels; probes need them")
+    return numbers
+
+
+def with_labels(x: np.ndarray, reader: ShardReader, numbers: np.ndarray) -> Features:
+    """`x` (N, D) of the samples `numbers` with what the index says of them."""
+    samples = reader.index.samples[numbers]
+    label, block, identity = (samples[name].astype(np.int64) for name in ("label", "block", "id"))
+    return Features(x, label, block, identity, tuple(reader.manifest.classes), len(reader) - len(numbers))
+
+
 def extract(
     loaded: Loaded,
     reader: ShardReader,
     *,
-    batch: int = 256,
+    numbers: np.ndarray | None = None,
+    batch: int | None = None,
     size: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
+    told: bool = False,
     progress: bool = True,
 ) -> Features:
-    """Features of the labelled samples of `reader`, in the order of its index, in fp32.
+    """Features of the samples `numbers` of `reader`, by default of all that have a label, in the order of its index.
 
     Values are normalised by the backbone's contract, never by the probe data's own statistics, and resized to `size`
-    (height, width), by default the one that the backbone was trained at. Raises InputError for another contract, and where
-    no sample has a label.
+    (height, width), by default the one that the backbone was trained at. `told` gives it place and time too. Raises InputError
+    for another contract, and where no sample has a label.
     """
     contract = require_contract(loaded, reader)
-    numbers = np.flatnonzero(reader.labels >= 0)
-    if len(numbers) == 0:
-        raise InputError(f"data set {reader.manifest.dataset} has no labels; probes need them")
-    size = size or loaded.size
+    numbers = labelled(reader) if numbers is None else numbers
     device = next(loaded.backbone.parameters()).device
-    x = np.empty((len(numbers), loaded.backbone.pooled_width), dtype=np.float32)
-    modality, done = contract.modality, 0
-    with torch.inference_mode(), tqdm(total=len(numbers), desc="features", unit="img", disable=not progress) as bar:
-        for chips in _decoded_ahead(reader, numbers, batch):
-            prepared = prepare(chips.to(device), {modality: contract}, size)
-            pooled = loaded.backbone(
-                prepared.images[modality], context(prepared, modality, loaded.backbone, Draw(0, chips.id, chips.visit))
-            ).pooled
-            x[done : done + len(pooled)] = pooled.float().cpu().numpy()
-            done += len(pooled)
-            bar.update(len(pooled))
+
+    def pooled(prepared: Batch) -> Tensor:
+        return loaded.backbone(prepared.images[contract.modality], known(loaded, prepared, contract.modality, told)).pooled
+
+    with autocast(precision, device):
+        x = over(reader, numbers, contract, size or loaded.size, device, pooled, batch=batch, progress=progress)
     if not np.isfinite(x).all():
         raise InputError(f"backbone {loaded.name} gives features that are not finite; its run has diverged")
-    samples = reader.index.samples[numbers]
-    return Features(
-        x=x,
-        label=samples["label"].astype(np.int64),
-        block=samples["block"].astype(np.int64),
-        id=samples["id"].astype(np.int64),
-        classes=tuple(reader.manifest.classes),
-        unlabelled=len(reader) - len(numbers),
-    )
+    return with_labels(x, reader, numbers)
 
 
-def _decoded_ahead(reader: ShardReader, numbers: np.ndarray, batch: int) -> Iterator[Chips]:
-    """Batches in order, up to two of them decoded in a thread while the backbone works."""
+def known(loaded: Loaded, prepared: Batch, modality: str, told: bool) -> Context:
+    """What the backbone is told besides pixels: wavelengths and GSD always, place and time where `told`."""
+    ctx = context(prepared, modality, loaded.backbone, Draw(0, prepared.id, prepared.visit))
+    return ctx if told else replace(ctx, lat=None, lon=None, time=None)
+
+
+def over(
+    reader: ShardReader,
+    numbers: np.ndarray,
+    contract: InputContract,
+    size: tuple[int, int],
+    device: torch.device,
+    made_of: Callable[[Batch], Tensor],
+    *,
+    batch: int | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """(N, D) float32: `made_of` each batch of the samples `numbers`, prepared by `contract` at `size`."""
+    batch = batch or max(1, min(_BATCH, _PIXELS // (size[0] * size[1])))
+    rows: list[np.ndarray] = []
+    parts = ((numbers[first : first + batch], None) for first in range(0, len(numbers), batch))
+    with torch.inference_mode(), tqdm(total=len(numbers), desc="features", unit="img", disable=not progress) as bar:
+        for chips in decoded_ahead(reader, parts):
+            rows.append(made_of(prepare(chips.to(device), {contract.modality: contract}, size)).float().cpu().numpy())
+            bar.update(len(rows[-1]))
+    return np.concatenate(rows)
+
+
+def features(bench: Bench, part: str, *, loaded: Loaded | None = None, numbers: np.ndarray | None = None) -> Features:
+    """As `extract`, of a part of the bench ("train", "val", "test"), by its backbone or another; computed once, see `cache`."""
+    loaded, reader = loaded or bench.loaded, bench.readers[part]
+    numbers = labelled(reader) if numbers is None else numbers
+    key = key_of(loaded, reader, numbers, bench)
+    x = bench.memory[key] if key in bench.memory else cache.load(bench.cache, key, (len(numbers), loaded.backbone.pooled_width))
+    if x is None:
+        started = time.perf_counter()
+        made = extract(
+            loaded, reader, numbers=numbers, precision=bench.precision, told=bench.context, progress=bench.progress
+        )  # fmt: skip
+        bench.seconds["features"] += time.perf_counter() - started
+        x = made.x
+        cache.keep(bench.cache, key, x)
+    bench.memory[key] = x
+    return with_labels(x, reader, numbers)
+
+
+def key_of(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench) -> str:
+    """A hash of all that decides the numbers: weights, contract with its normalisation, samples, size, precision, context."""
+    contract = require_contract(loaded, reader)
+    said = [
+        swath.__version__, torch.__version__, loaded.name, loaded.options, loaded.size, bench.precision, bench.context,
+        contract.model_dump(mode="json"), [shard.sha256 for shard in reader.manifest.shards], list(reader.index.columns),
+        next(loaded.backbone.parameters()).device.type,
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for rows in (reader.index.samples[numbers], reader.index.members[numbers]):
+        digest.update(np.ascontiguousarray(rows).tobytes())
+    for name, tensor in sorted(loaded.backbone.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def decoded_ahead(reader: ShardReader, batches: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Iterator[Chips]:
+    """Batches of (sample numbers, visits) in order, up to two of them decoded in a thread while the backbone works."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="swath-decode")
     waiting: deque[Future[Chips]] = deque()
     try:
-        for first in range(0, len(numbers), batch):
-            waiting.append(pool.submit(reader.chips, numbers[first : first + batch]))
+        for numbers, visits in batches:
+            waiting.append(pool.submit(reader.chips, numbers, visits))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:

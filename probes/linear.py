@@ -33,13 +33,13 @@ def linear(train: Features, test: Features, val: Features | None = None, *, stre
         raise InputError("too few training samples to choose C on a part of them; give --val")
     model, path = None, []
     for strength in strengths:
-        model = _fit(x_train[~held], train.label[~held], strength, _PATH_ITERATIONS, model)
+        model = fit(x_train[~held], train.label[~held], strength, _PATH_ITERATIONS, model)
         accuracy = float(model.score(x_choose, label_choose))
         path.append({"C": strength, "val_accuracy": accuracy, "converged": _converged(model, _PATH_ITERATIONS)})
     best = max(path, key=lambda step: step["val_accuracy"])["C"]
     # where the held-out part had all of a class, the last model lacks it and is no start
     start = model if model is not None and len(model.classes_) == len(np.unique(train.label)) else None
-    model = _fit(x_train, train.label, best, _FINAL_ITERATIONS, start)
+    model = fit(x_train, train.label, best, _FINAL_ITERATIONS, start)
     settings = {
         "C": best,
         "chosen_on": "val" if val is not None else "a fifth of train",
@@ -51,9 +51,10 @@ def linear(train: Features, test: Features, val: Features | None = None, *, stre
     return score(test.label, np.asarray(model.predict(x_test)), test.block, len(train.classes), settings)
 
 
-def _fit(
-    x: np.ndarray, label: np.ndarray, strength: float, iterations: int, start: LogisticRegression | None
+def fit(
+    x: np.ndarray, label: np.ndarray, strength: float, iterations: int, start: LogisticRegression | None = None
 ) -> LogisticRegression:
+    """Logistic regression of this C, from the coefficients of `start`, of the same classes, where there is one."""
     model = LogisticRegression(C=strength, max_iter=iterations, warm_start=True)
     if start is not None:
         model.coef_, model.intercept_, model.classes_ = np.copy(start.coef_), np.copy(start.intercept_), start.classes_

@@ -1,5 +1,7 @@
-"""`swath probe`: a backbone, labelled shards for train and test, one table and one JSON of settings and results."""
+"""`swath probe`: a backbone and labelled shards → one JSON of every setting and result, a table, pictures."""
 
+import dataclasses
+import io
 import platform
 import time
 from collections.abc import Sequence
@@ -10,22 +12,54 @@ from typing import Any, Literal
 import torch
 
 import swath
+from swath.backbones.base import nearest
 from swath.hub.card import without_paths
 from swath.hub.load import Loaded, load_backbone
-from swath.probes.features import Features, extract, match_classes, require_classes, require_contract
-from swath.probes.knn import knn
-from swath.probes.linear import linear
-from swath.probes.metrics import REPLICATES, SEED, Scores
+from swath.probes.cache import default
+from swath.probes.features import require_contract, resolve
+from swath.probes.metrics import REPLICATES, SEED
+from swath.probes.protocol import TOUCHED, overlap, transductive
+from swath.probes.task import Bench, Result, Row, Task, task_called
 from swath.shards.errors import InputError
-from swath.shards.files import disk_errors, write_json
+from swath.shards.files import disk_errors, write_bytes, write_json
 from swath.shards.reader import ShardReader
 
-Task = Literal["knn", "linear"]
-TASKS: tuple[Task, ...] = ("knn", "linear")
+PROTOCOL = (
+    "Settings are chosen on val, else on a part of train; test is read once, by the settings that were chosen. A row is "
+    "transductive where its weights or statistics have seen test samples."
+)
 
 
 def probe(
-    task: Task,
+    task: str,
+    backbone: Path | str,
+    train: Path | str,
+    test: Path | str,
+    *,
+    val: Path | str | None = None,
+    json_path: Path | str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Run a probe, write its JSON to `json_path`, pictures beside it, and for a run folder into its `probes/`; return the JSON
+    (`table` shows it). `more`: see `probes`.
+
+    Raises InputError for another input contract, missing labels, test classes that train lacks, a single class.
+    """
+    return _run([task], backbone, train, test, val=val, json_path=json_path, **more)[0]
+
+
+def probes(tasks: Sequence[str], backbone: Path | str, train: Path | str, test: Path | str, **more: Any) -> list[dict[str, Any]]:
+    """Several probes of the same features, which are computed once; otherwise as `probe`.
+
+    `more` are val; size, the side in pixels that chips are resized to (what the backbone was trained at); precision, "auto",
+    "fp32" or "bf16"; seed; cache, the folder of features, True for ~/.cache/swath/features, False for none; pretrained_on, shards
+    that the backbone saw; progress; and the tasks' own options (one goes to each task that has it).
+    """
+    return _run(tasks, backbone, train, test, **more)
+
+
+def _run(
+    tasks: Sequence[str],
     backbone: Path | str,
     train: Path | str,
     test: Path | str,
@@ -33,40 +67,58 @@ def probe(
     val: Path | str | None = None,
     json_path: Path | str | None = None,
     size: int | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    seed: int = 0,
+    cache: Path | str | bool = True,
+    pretrained_on: Sequence[Path | str] = (),
     progress: bool = True,
-) -> dict[str, Any]:
-    """Run a probe, write its JSON to `json_path` and, for a run folder, into its `probes/`; return it (`table` shows it).
-
-    `size` is the side in pixels that chips are resized to, by default what the backbone was trained at.
-
-    Raises InputError for another input contract, missing labels, test classes that train lacks, a single class.
-    """
-    (result,) = probes([task], backbone, train, test, val=val, size=size, progress=progress)
-    if json_path is not None:
-        _write(result, Path(json_path))
-    return result
-
-
-def probes(
-    tasks: Sequence[Task],
-    backbone: Path | str,
-    train: Path | str,
-    test: Path | str,
-    *,
-    val: Path | str | None = None,
-    size: int | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Several probes of the same features, which are computed once; otherwise as `probe`."""
-    for task in tasks:
-        if task not in TASKS:
-            raise InputError(f"no probe is called {task!r}; there are {', '.join(TASKS)}")
-    started = time.perf_counter()
+    chosen = _configured([task_called(name) for name in tasks], options)
+    bench = _bench(backbone, {"train": train, "test": test} | ({"val": val} if val is not None else {}), size)
+    bench.seed, bench.progress, bench.cache = seed, progress, _cache(cache)
+    bench.precision = resolve(precision, next(bench.loaded.backbone.parameters()).device)
+    seen = transductive(bench.loaded, bench.readers["test"], pretrained_on)
+    made = []
+    for task, values in chosen:
+        started, before = time.perf_counter(), bench.seconds["features"]
+        result = task.run(bench, values)
+        features = bench.seconds["features"] - before
+        seconds = {"features": features, "probe": time.perf_counter() - started - features}
+        told = _told(task, values, bench, result, seen) | {"seconds": seconds}
+        if json_path is not None:
+            _write(told, result, Path(json_path))
+        if (Path(backbone) / "checkpoints").is_dir():  # a run: its report shows what lies there
+            _write(told, result, Path(backbone) / "probes" / f"{task.name}.json")
+        made.append(told)
+    return made
+
+
+def _cache(folder: Path | str | bool) -> Path | None:
+    if isinstance(folder, bool):
+        return default() if folder else None
+    return Path(folder)
+
+
+def _configured(tasks: list[Task], options: dict[str, Any]) -> list[tuple[Task, Any]]:
+    """Each task with its options; InputError for one that none has, and for what the options themselves refuse."""
+    known = {task.name: [f.name for f in dataclasses.fields(task.options)] for task in tasks}
+    for name in options:
+        if not any(name in names for names in known.values()):
+            every = sorted({one for names in known.values() for one in names})
+            raise InputError(f"probe {', '.join(known)} has no option {name!r}{nearest(name, every)}; it has {', '.join(every)}")
+    try:
+        return [(t, t.options(**{name: value for name, value in options.items() if name in known[t.name]})) for t in tasks]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _bench(backbone: Path | str, folders: dict[str, Path | str], size: int | None) -> Bench:
+    """All that can be refused is, before the first long computation."""
     loaded = load_backbone(backbone)
     loaded.backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    folders = {"train": train, "test": test} | ({"val": val} if val is not None and "linear" in tasks else {})
-    readers = {part: ShardReader(Path(folder)) for part, folder in folders.items()}
-    for reader in readers.values():  # all of them before the first long computation
+    readers = {part: ShardReader(folder) for part, folder in folders.items()}
+    for reader in readers.values():
         require_contract(loaded, reader)
     if size is not None:
         loaded.size = (size, size)
@@ -74,83 +126,128 @@ def probes(
             loaded.backbone.grid(size, size)
         except ValueError as error:
             raise InputError(str(error)) from None
-    parts = {part: extract(loaded, reader, progress=progress) for part, reader in readers.items()}
-    require_classes(parts["train"])
-    parts = {part: features if part == "train" else match_classes(parts["train"], features) for part, features in parts.items()}
-    extracting = time.perf_counter() - started
-    made = [_judge(task, parts, loaded, readers, extracting) for task in tasks]
-    if (Path(backbone) / "checkpoints").is_dir():  # a run: its report shows what lies there
-        for result in made:
-            _write(result, Path(backbone) / "probes" / f"{result['task']}.json")
-    return made
+    return Bench(loaded, readers)
 
 
-def _judge(
-    task: Task, parts: dict[str, Features], loaded: Loaded, readers: dict[str, ShardReader], extracting: float
-) -> dict[str, Any]:
-    """One probe on features that are there: its scores and every setting."""
-    started = time.perf_counter()
-    if task == "knn":
-        parts = {part: features for part, features in parts.items() if part != "val"}
-        scores = knn(parts["train"], parts["test"])
-    else:
-        scores = linear(parts["train"], parts["test"], parts.get("val"))
-    classes = parts["train"].classes
-    result: dict[str, Any] = {
-        "task": task,
-        **_scores(scores, classes),
-        "settings": scores.settings | {"size": list(loaded.size), "precision": "fp32", "standardised_on": "train"},
-        **{f"n_{part}": len(features.label) for part, features in parts.items()},
-        "feature_width": loaded.backbone.pooled_width,
-        "unlabelled": {part: features.unlabelled for part, features in parts.items()},
-        "datasets": {part: readers[part].manifest.dataset for part in parts},
-        "bands": list(require_contract(loaded, readers["train"]).names),
-        "backbone": {"name": loaded.name, **_origin(loaded.origin)},
-        "seconds": {"features": extracting, "probe": time.perf_counter() - started},
-        "device": next(loaded.backbone.parameters()).device.type,
+def _told(task: Task, values: Any, bench: Bench, result: Result, seen: tuple[bool | None, str]) -> dict[str, Any]:
+    """The JSON: rows and details, and every setting."""
+    loaded, readers = bench.loaded, bench.readers
+    contract = require_contract(loaded, readers["train"])
+    device = next(loaded.backbone.parameters()).device.type
+    for row in result.rows:
+        row.transductive = seen[0] if row.name.startswith(TOUCHED) else False
+    first = result.rows[0]
+    metric = next(iter(first.metrics))
+    return {
+        "task": task.name,
+        "metric": metric,
+        **first.metrics,
+        "interval": list(first.interval[metric]) if metric in first.interval else None,
+        "interval_method": f"95 % block bootstrap, {REPLICATES} replicates, seed {SEED}",
+        "rows": [_row(row) for row in result.rows],
+        **result.details,
+        "settings": {
+            **without_paths(dataclasses.asdict(values)),
+            **result.settings,
+            "size": list(loaded.size),
+            "normalisation": "of the backbone's contract",
+            "precision": bench.precision,
+            "seed": bench.seed,
+        },
+        "protocol": PROTOCOL,
+        "transductive": seen[0],
+        "transductive_because": seen[1],
+        "test_samples_also_in": {part: overlap(readers[part], readers["test"]) for part in readers if part != "test"},
+        "datasets": {part: reader.manifest.dataset for part, reader in readers.items()},
+        "bands": list(contract.names),
+        "backbone": {"name": loaded.name, **_origin(loaded)},
+        "pictures": sorted(result.pictures),
+        "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"swath": swath.__version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
     }
-    return result
 
 
-def _scores(scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
-    recall = {name: None if share != share else float(share) for name, share in zip(classes, scores.recall, strict=True)}
-    return {
-        "accuracy": scores.accuracy,
-        "interval": list(scores.interval),
-        "interval_method": f"95 % block bootstrap, {REPLICATES} replicates, seed {SEED}",
-        "classes": list(classes),
-        "recall": recall,
-        "confusion": scores.confusion.tolist(),
-    }
+def _row(row: Row) -> dict[str, Any]:
+    interval = {name: list(ends) for name, ends in row.interval.items()}
+    return {"name": row.name, "metrics": row.metrics, "interval": interval, "transductive": row.transductive}
 
 
-def _origin(origin: dict[str, Any]) -> dict[str, Any]:
+def _origin(loaded: Loaded) -> dict[str, Any]:
     """What the JSON says of where the weights come from; the resolved recipe stays with them."""
+    origin = loaded.origin
     return without_paths({key: origin[key] for key in ("step", "samples", "recipe", "versions") if key in origin})
 
 
-def _write(result: dict[str, Any], path: Path) -> None:
+def _write(told: dict[str, Any], result: Result, path: Path) -> None:
     with disk_errors("writing the probe's result", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        for name, picture in result.pictures.items():
+            buffer = io.BytesIO()
+            picture.save(buffer, format="PNG")
+            write_bytes(path.with_name(f"{path.stem}-{name}.png"), buffer.getvalue())
+        write_json(path, told)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as a few lines of text."""
-    low, high = result["interval"]
-    settings = result["settings"]
-    chosen = (
-        f"k = {settings['k']}, T = {settings['temperature']}"
-        if result["task"] == "knn"
-        else f"C = {settings['C']:.3g}, chosen on {settings['chosen_on']}"
-        + ("" if settings["converged"] else f", not converged after {settings['iterations']} iterations")
-    )
-    wide = max(len(name) for name in result["classes"])
-    rows = [f"  {name:<{wide}}  {'–' if share is None else f'{share:.3f}'}" for name, share in result["recall"].items()]
-    head = f"{result['task']}  accuracy {result['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f})  {chosen}"
-    backbone = f"{result['backbone']['name']}, {result['feature_width']} features"
-    samples = f"{result['n_train']:,} train, {result['n_test']:,} test"
-    return "\n".join([head, f"{backbone}; {samples}", "recall", *rows])
+    metric, value = result["metric"], result[result["metric"]]
+    head = f"{result['task']}  {metric} {_share(value)}"
+    if result["interval"]:
+        low, high = result["interval"]
+        head += f"  (95 % interval {low:.3f} to {high:.3f})"
+    lines = [head, f"{result['backbone']['name']}, {result['settings']['precision']}; {_counts(result)}", "", *_rows(result)]
+    if result["transductive"] is not False:
+        lines += [
+            "",
+            f"{'transductive' if result['transductive'] else 'transductive or not is unknown'}: {result['transductive_because']}",
+        ]
+    for part, count in result["test_samples_also_in"].items():
+        if count:
+            lines += [f"{count:,} samples of test are in {part} too: these figures say little"]
+    if "preprocessing" in result:
+        lines += ["", *_preprocessing(result["preprocessing"])]
+    if "recall" in result:
+        wide = max(len(name) for name in result["recall"])
+        lines += ["", "recall", *(f"  {name:<{wide}}  {_share(share)}" for name, share in result["recall"].items())]
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _counts(result: dict[str, Any]) -> str:
+    counts = [f"{result[f'n_{part}']:,} {part}" for part in ("train", "val", "test") if f"n_{part}" in result]
+    return ", ".join(counts) or ", ".join(result["datasets"].values())
+
+
+def _rows(result: dict[str, Any]) -> list[str]:
+    """Metrics of every row, their intervals beside them."""
+    metrics = list(dict.fromkeys(name for row in result["rows"] for name in row["metrics"]))
+    cells = [["", *metrics]]
+    for row in result["rows"]:
+        shown = [row["name"] + (" (transductive)" if row["transductive"] else "")]
+        for name in metrics:
+            ends = row["interval"].get(name)
+            shown.append(_share(row["metrics"].get(name)) + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""))
+        cells.append(shown)
+    return _aligned(cells)
+
+
+def _preprocessing(cells: list[dict[str, Any]]) -> list[str]:
+    sizes = list(dict.fromkeys(cell["size"] for cell in cells))
+    names = list(dict.fromkeys(cell["normalisation"] for cell in cells))
+    found = {(cell["size"], cell["normalisation"]): cell for cell in cells}
+    rows = [["size \\ normalisation", *names]]
+    for size in sizes:
+        pixels = found[size, names[0]]["pixels"]
+        shown = [f"{size} ({pixels[0]} × {pixels[1]})" if pixels else size]
+        rows.append(shown + [_share(found[size, n]["value"]) + " *" * found[size, n]["contract"] for n in names])
+    return [*_aligned(rows), "* as the backbone's contract says"]
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    wide = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, wide, strict=True)).rstrip() for row in cells]

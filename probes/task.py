@@ -7,12 +7,15 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL.Image import Image
 
 from swath.backbones.base import nearest
 from swath.hub.load import Loaded
+from swath.pretrain.precision import Precision
 from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
 
@@ -20,21 +23,29 @@ from swath.shards.reader import ShardReader
 @dataclass
 class Bench:
     """What a task works on: the frozen backbone, and readers of "train", "test" and, where it is given, "val", whose contracts
-    have been compared with the backbone's. `seed` is of every random choice."""
+    have been compared with the backbone's. `seed` is of every random choice, `precision` of the backbone; `context` says whether
+    a backbone is told where and when. Features are kept in `cache`, where there is one, and in `memory`; `seconds` they took."""
 
     loaded: Loaded
     readers: dict[str, ShardReader]
     seed: int = 0
     progress: bool = True
+    precision: Precision = "fp32"
+    context: bool = False
+    cache: Path | None = None
+    memory: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0})
 
 
 @dataclass
 class Row:
-    """One line of the table. metrics: shares of 1, None where undefined; interval: 95 %, of those metrics that have one."""
+    """One line of the table. metrics: shares of 1, None where undefined; interval: 95 %, of those metrics that have one;
+    transductive: whether its weights or statistics have seen test samples, None where that is not known."""
 
     name: str
     metrics: dict[str, float | None]
     interval: dict[str, tuple[float, float]] = field(default_factory=dict)
+    transductive: bool | None = False
 
 
 @dataclass

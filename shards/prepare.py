@@ -136,12 +136,12 @@ def _meta(meta: dict[str, Tensor], size_b2: Tensor, box_b4: Tensor | None, out: 
         return {}
     size_b2 = size_b2.double()
     box_b4 = torch.cat([torch.zeros_like(size_b2), size_b2], dim=1) if box_b4 is None else box_b4
-    south_b, east_b = ((box_b4[:, :2] + box_b4[:, 2:] / 2 - size_b2 / 2) * meta["gsd_m"][:, None]).unbind(1)
+    away_b2 = box_b4[:, :2] + box_b4[:, 2:] / 2 - size_b2 / 2
+    # the centre stays where it is, even if nobody knows how large a pixel is
+    south_b, east_b = torch.where(away_b2 == 0, 0.0, away_b2 * meta["gsd_m"][:, None]).unbind(1)
     per_degree = 111_320.0  # metres
-    lat = meta["lat"] - torch.where(south_b == 0, 0.0, south_b) / per_degree
-    lon = meta["lon"] + torch.where(east_b == 0, 0.0, east_b) / (
-        per_degree * torch.cos(torch.deg2rad(meta["lat"])).clamp_min(1e-3)
-    )
+    lat = meta["lat"] - south_b / per_degree
+    lon = meta["lon"] + east_b / (per_degree * torch.cos(torch.deg2rad(meta["lat"])).clamp_min(1e-3))
     zoom_b = (box_b4[:, 2] / out[0] * box_b4[:, 3] / out[1]).sqrt()
     return {**meta, "lat": lat, "lon": lon, "gsd_m": meta["gsd_m"] * zoom_b}
 

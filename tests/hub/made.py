@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +83,10 @@ def write_shards(
     bands: InputContract | None = None,
     classes: Sequence[str] = ("field", "water"),
     blocks: Sequence[int] | None = None,
+    metas: Sequence[dict[str, Any]] | None = None,
+    places: Sequence[tuple[float, float]] | None = None,
 ) -> Path:
-    """One shard of uint16 chips, to be read as DN · 1e-4; label -1 is none."""
+    """One shard of uint16 chips, to be read as DN · 1e-4; label -1 is none; `metas` are the samples' JSON, `places` lat, lon."""
     bands = bands or contract()
     folder.mkdir(parents=True)
     columns = columns_of([bands.modality])
@@ -94,8 +97,10 @@ def write_shards(
         for row, (chip, label) in enumerate(zip(pixels_nchw, labels, strict=True)):
             key = f"{row:06d}"
             block = -1 if blocks is None else blocks[row]
-            samples[row] = (hash_text(folder.name, key), row * 6, 6, label, block, NO_TIME, np.nan, np.nan, np.nan, 0)
-            for column, kind, data in ((bands.modality, "npy", encode_npy(chip)), ("json", "json", json.dumps({}).encode())):
+            lat, lon = (np.nan, np.nan) if places is None else places[row]
+            samples[row] = (hash_text(folder.name, key), row * 6, 6, label, block, NO_TIME, lat, lon, np.nan, 0)
+            meta = json.dumps({} if metas is None else metas[row]).encode()
+            for column, kind, data in ((bands.modality, "npy", encode_npy(chip)), ("json", "json", meta)):
                 info = tarfile.TarInfo(f"{key}.{column}.{kind}" if kind != "json" else f"{key}.json")
                 info.size = len(data)
                 start = tar.offset + 512

@@ -1,0 +1,208 @@
+"""What probes on frozen pooled features share: the rows that a backbone is compared with, and the table of preprocessing."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from swath.backbones.base import create
+from swath.hub.load import Loaded
+from swath.probes import pictures
+from swath.probes.features import Features, features, match_classes, require_classes, require_contract
+from swath.probes.metrics import Scores
+from swath.probes.statistics import colour_statistics, places
+from swath.probes.task import Bench, Result, Row
+from swath.probes.tune import Tuning, tune
+from swath.shards.bands import InputContract, Normalisation
+from swath.shards.errors import InputError
+from swath.shards.reader import ShardReader
+
+Parts = dict[str, Features]
+Pick = Callable[[ShardReader], np.ndarray]
+
+
+@dataclass(frozen=True)
+class FrozenOptions:
+    from_scratch: int = field(
+        default=0, metadata={"help": "epochs to train the same backbone from random weights on train, for a row of its own"}
+    )
+    context: bool = field(
+        default=False, metadata={"help": "rows with the backbone told place and time, and of place alone; off by default"}
+    )
+    preprocessing_table: bool = field(
+        default=False, metadata={"help": "the first metric at {native, pretraining, 2×} size and four normalisations"}
+    )
+
+
+@dataclass
+class Judged:
+    """One row's numbers, as in `Row` and `Result`."""
+
+    metrics: dict[str, float | None]
+    interval: dict[str, tuple[float, float]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def fresh(loaded: Loaded, seed: int) -> Loaded:
+    """The same backbone with random weights, in eval mode, on the same device."""
+    torch.manual_seed(seed)
+    backbone = create(loaded.name, **loaded.options).to(next(loaded.backbone.parameters()).device).eval()
+    return replace(loaded, backbone=backbone)
+
+
+def parts_of(bench: Bench, make: Callable[[str], Features], *, classes: bool) -> Parts:
+    """`make` of train, test and val; with `classes`, labels are numbered as in train."""
+    parts = {part: make(part) for part in bench.readers}
+    if not classes:
+        return parts
+    require_classes(parts["train"])
+    return {part: one if part == "train" else match_classes(parts["train"], one) for part, one in parts.items()}
+
+
+def sources(
+    bench: Bench, options: FrozenOptions, pick: Pick | None = None, targets: dict[str, np.ndarray] | None = None
+) -> Iterator[tuple[str, Parts]]:
+    """The rows of the table and the features behind each; `pick` says which samples count, by default those with a class;
+    `targets` (N, C) bool, what else than its class a sample is to be told to be by the training from scratch."""
+    numbers = {part: pick(reader) if pick else None for part, reader in bench.readers.items()}
+    classes = pick is None
+
+    def of(bench: Bench, loaded: Loaded | None = None) -> Parts:
+        return parts_of(bench, lambda part: features(bench, part, loaded=loaded, numbers=numbers[part]), classes=classes)
+
+    yield "backbone", of(bench)
+    if options.context:
+        yield "backbone, told place and time", of(replace(bench, context=True))
+    yield "random initialisation", of(bench, fresh(bench.loaded, bench.seed))
+    contract = require_contract(bench.loaded, bench.readers["train"])
+    yield (
+        "statistics",
+        parts_of(bench, lambda part: colour_statistics(bench.readers[part], contract, numbers[part]), classes=classes),
+    )
+    if options.context:
+        yield (
+            "place only",
+            parts_of(
+                bench, lambda part: places(bench.readers[part], _numbers(bench.readers[part], numbers[part])), classes=classes
+            ),
+        )
+
+    if options.from_scratch:
+        reader = bench.readers["train"]
+        rows = _numbers(reader, numbers["train"])
+        wanted = targets["train"] if targets else reader.labels[rows][:, None] == np.arange(len(reader.manifest.classes))
+        random = fresh(bench.loaded, bench.seed)
+        how = {"precision": bench.precision, "progress": bench.progress}
+        tuning = Tuning(epochs=options.from_scratch, layer_decay=1.0)
+        model = tune(random, reader, rows, wanted, tuning, lr_per_256=5e-4, seed=bench.seed, **how)
+        yield "from scratch", of(bench, replace(random, backbone=model.backbone))
+
+
+def _numbers(reader: ShardReader, numbers: np.ndarray | None) -> np.ndarray:
+    return np.flatnonzero(reader.labels >= 0) if numbers is None else numbers
+
+
+def frozen(
+    bench: Bench,
+    options: FrozenOptions,
+    judge: Callable[[Parts], Judged],
+    pick: Pick | None = None,
+    targets: dict[str, np.ndarray] | None = None,
+) -> Result:
+    """`judge` the features of every row; the backbone's own settings and details stand in the result."""
+    rows: list[Row] = []
+    result: Result | None = None
+    for name, parts in sources(bench, options, pick, targets):
+        judged = judge(parts)
+        rows.append(Row(name, judged.metrics, judged.interval))
+        if result is None:
+            counts = {f"n_{part}": len(one.x) for part, one in parts.items()}
+            unlabelled = {part: one.unlabelled for part, one in parts.items()}
+            details = {**judged.details, **counts, "feature_width": parts["train"].x.shape[1], "unlabelled": unlabelled}
+            result = Result(
+                rows, judged.settings | {"standardised_on": "train"}, details, pictures.of(bench, parts, judged.details)
+            )
+    assert result is not None
+    if options.preprocessing_table:
+        result.details["preprocessing"] = preprocessing(bench, judge, pick)
+    return result
+
+
+def classified(scores: Scores, classes: tuple[str, ...]) -> Judged:
+    """Of a probe that gives each sample one class."""
+    recall = {name: None if share != share else float(share) for name, share in zip(classes, scores.recall, strict=True)}
+    present = [share for share in recall.values() if share is not None]
+    metrics: dict[str, float | None] = {"accuracy": scores.accuracy, "mean_recall": float(np.mean(present))}
+    details = {"classes": list(classes), "recall": recall, "confusion": scores.confusion.tolist()}
+    return Judged(metrics, {"accuracy": scores.interval}, scores.settings, details)
+
+
+# --- which size, which normalisation ---
+
+NORMALISATIONS = ("pretraining", "target", "min-max", "no")
+
+
+def preprocessing(bench: Bench, judge: Callable[[Parts], Judged], pick: Pick | None) -> list[dict[str, Any]]:
+    """The first metric in every cell of {native, pretraining, 2×} size × normalisation; nothing is chosen from it. 2× is twice
+    the chips' own size; a size that the patch does not divide becomes the nearest that it does."""
+    contract = require_contract(bench.loaded, bench.readers["train"])
+    target = bench.readers["train"].contracts[contract.modality]
+    native = (target.height, target.width)
+    sizes: dict[str, tuple[int, int] | None] = {"native": None, "pretraining": bench.loaded.size, "2×": None}
+    if native[0] and native[1]:
+        sizes["native"] = fitting_size(bench.loaded, native[0], native[1])
+        sizes["2×"] = fitting_size(bench.loaded, 2 * native[0], 2 * native[1])
+    cells = []
+    for size_name, size in sizes.items():
+        for name in NORMALISATIONS:
+            cell: dict[str, Any] = {"size": size_name, "pixels": size and list(size), "normalisation": name}
+            cell["contract"] = (size_name, name) == ("pretraining", "pretraining")
+            changed = size and normalised(contract, target, name)
+            if size is None or changed is None:
+                cells.append({**cell, "value": None})
+                continue
+            loaded = replace(bench.loaded, size=size, contracts={contract.modality: changed})
+            made = replace(bench, loaded=loaded)
+            numbers = {part: pick(reader) if pick else None for part, reader in bench.readers.items()}
+            judged = judge(
+                parts_of(made, lambda part, b=made, n=numbers: features(b, part, numbers=n[part]), classes=pick is None)
+            )
+            metric, value = next(iter(judged.metrics.items()))
+            cells.append({**cell, "metric": metric, "value": value, "interval": judged.interval.get(metric)})
+    return cells
+
+
+def fitting_size(loaded: Loaded, height: int, width: int) -> tuple[int, int] | None:
+    """The nearest (height, width) that the backbone takes, the larger of two; None where none near is."""
+    for change in sorted(range(-64, 65), key=lambda step: (abs(step), -step)):
+        try:
+            loaded.backbone.grid(height + change, width + change)
+        except ValueError:
+            continue
+        if min(height, width) + change > 0:
+            return height + change, width + change
+    return None
+
+
+def normalised(contract: InputContract, target: InputContract, name: str) -> InputContract | None:
+    """`contract` with the normalisation of this name: its own, that of the probe's train, train's range to 0 … 1, or none.
+
+    None where the shards do not say the range.
+    """
+    own, theirs = contract.normalisation, target.normalisation
+    count = len(contract.bands)
+    if name == "target":
+        own = theirs
+    elif name == "min-max":
+        if not theirs.minimum or not theirs.maximum:
+            return None
+        width = tuple(high - low for low, high in zip(theirs.minimum, theirs.maximum, strict=True))
+        own = Normalisation(mean=theirs.minimum, std=width, pixels=theirs.pixels)
+    elif name == "no":
+        own = Normalisation(mean=(0.0,) * count, std=(1.0,) * count, pixels=own.pixels)
+    elif name != "pretraining":
+        raise InputError(f"no normalisation is called {name!r}; there are {', '.join(NORMALISATIONS)}")
+    return contract.model_copy(update={"normalisation": own})
