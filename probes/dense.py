@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swath.probes.confusion import IGNORE
 from swath.probes.heads import FromScratch, LinearHead, Loss, Standardise, UPerHead, fit, scores, seeded
 from swath.probes.maps import Encoder, Tiles, held
 from swath.shards.errors import InputError
@@ -58,7 +59,7 @@ def fitted(model: Model, tiles: dict[str, Tiles], judge: Judge, seed: int) -> Fi
     else:
         kept = ~held(tiles["train"])
         inputs, truth = [x[torch.from_numpy(~kept)] for x in train], target[torch.from_numpy(~kept)]
-    if not kept.any() or not len(truth):
+    if not kept.any() or not bool((truth != IGNORE).any()):
         raise InputError("too few training samples to choose settings on a part of them; give --val")
     rows = torch.from_numpy(kept)
     part, wanted = [x[rows] for x in train], target[rows]

@@ -102,6 +102,8 @@ def read_tiles(loaded: Loaded, reader: ShardReader, name: str, names: Sequence[s
             if codes is None or codes.shape != (1, *own):
                 raise InputError(f"sample {reader.index.key(number)}: its map of {name} is not of its chip's size {own}")
             target.append(numbered(codes[0], found, names))
+    if all((one == IGNORE).all() for one in target):
+        raise InputError(f"no pixel of {reader.manifest.dataset} has a label in its maps of {name}")
     samples = reader.index.samples[numbers]
     whole = [torch.cat(each) for each in images]
     return Tiles(
