@@ -7,6 +7,7 @@ million samples.
 
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -80,10 +81,10 @@ def row_check(sample: np.ndarray, members_m: np.ndarray) -> int:
     return zlib.crc32(members_m.tobytes(), zlib.crc32(sample.tobytes()[: -SAMPLE["check"].itemsize])) or 1
 
 
-def columns_of(modalities: list[str]) -> tuple[str, ...]:
-    """The members that a sample can have: each modality, the validity mask of each, and the JSON; `txt` there is the caption
-    of a foreign sample without JSON."""
-    return (*modalities, *(name + VALID for name in modalities), "json")
+def columns_of(modalities: list[str], maps: Iterable[str] = ()) -> tuple[str, ...]:
+    """The members that a sample can have: each modality, the validity mask of each, label maps, and the JSON; `txt` there is the
+    caption of a foreign sample without JSON."""
+    return (*modalities, *(name + VALID for name in modalities), *maps, "json")
 
 
 def open_index(index: Path, keys_blob: Path, columns: tuple[str, ...], place: str) -> Index:

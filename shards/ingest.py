@@ -40,7 +40,7 @@ from swath.shards.manifest import NAME, BandStatistics, Manifest, read_manifest
 from swath.shards.recipes import registry
 from swath.shards.sources.mirror import Mirror, located
 from swath.shards.sources.open import open_source
-from swath.shards.sources.source import Options, Source
+from swath.shards.sources.source import Options, Source, maps_of
 from swath.shards.sources.split import assign
 from swath.shards.statistics import Statistics
 from swath.shards.writer import Rows, flat_keys
@@ -210,7 +210,7 @@ def shard(
         manifests = {name: _manifest(plan, mark, said, packed, findings) for name, packed in made.items()}
         for name, manifest in manifests.items():
             rows = Rows.join(made[name].rows)
-            columns = columns_of(list(opened.contracts))
+            columns = columns_of(list(opened.contracts), maps_of(opened))
             index = Index(rows.samples, rows.members, np.frombuffer(rows.keys, np.uint8), columns)
             manifests[name] = manifest.model_copy(update={"files": index.write(unfinished / name)})
             manifests[name].write(unfinished / name)
@@ -280,6 +280,7 @@ def _manifest(plan: Plan, mark: str, said: dict[str, Any], packed: Packed, findi
         },
         statistics={name: _spread(statistics) for name, statistics in seen.statistics.items() if statistics.pixels.any()},
         classes=plan.classes,
+        maps=maps_of(source),
         shards=tuple(packed.shards),
         skipped=tuple(packed.skipped),
         plan=mark,
@@ -331,6 +332,8 @@ def _fingerprint(plan: Plan, said: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(head).encode())
     for contract in source.contracts.values():
         digest.update(contract.model_dump_json().encode())
+    for name, label_map in maps_of(source).items():
+        digest.update(repr((name, label_map)).encode())
     for name, part in plan.jobs.items():
         for job in part:
             digest.update(repr((name, job.key, job.label, job.block)).encode())

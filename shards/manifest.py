@@ -42,9 +42,17 @@ class BandStatistics(Strict):
     nodata_share: tuple[float, ...]
 
 
+class LabelMap(Strict):
+    """What a raster of labels beside the images says, which is no input: `classes` by code (0, and codes without a name, are no
+    label), or the names of its bands where these are `shares` between 0 and 1."""
+
+    classes: dict[int, str] = Field(default_factory=dict)
+    shares: tuple[str, ...] = ()
+
+
 class Manifest(Strict):
-    """`skipped` lists what could not be decoded; `plan` is the fingerprint of the command that made the shards; `licence` is that
-    of the imagery, "" where nobody has stated one."""
+    """`maps` are the label maps by the name of their member, `<key>.<name>.npy`; `skipped` lists what could not be decoded; `plan`
+    is the fingerprint of the command that made the shards; `licence` is that of the imagery, "" where nobody has stated one."""
 
     schema_version: Literal[2] = 2
     dataset: str
@@ -53,6 +61,7 @@ class Manifest(Strict):
     contracts: dict[str, InputContract]
     statistics: dict[str, BandStatistics] = Field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    maps: dict[str, LabelMap] = Field(default_factory=dict)
     shards: tuple[Shard, ...]
     files: dict[str, FileState] = Field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
@@ -69,7 +78,8 @@ class Manifest(Strict):
         return self.contracts[modality]
 
     def write(self, folder: Path) -> None:
-        write_json(folder / NAME, self.model_dump(mode="json"))
+        # without label maps it is as it was before there were any, for older readers
+        write_json(folder / NAME, self.model_dump(mode="json", exclude=None if self.maps else {"maps"}))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -140,7 +140,7 @@ class ShardReader:
 
     def _map_index(self) -> None:
         index, keys = (self.store.path(name, *self._stated(name)) for name in (INDEX, KEYS))
-        self.index = open_index(index, keys, columns_of(list(self.manifest.contracts)), self.place)
+        self.index = open_index(index, keys, columns_of(list(self.manifest.contracts), self.manifest.maps), self.place)
 
     def _stated(self, name: str) -> tuple[int | None, str | None]:
         """(bytes, SHA-256) of a file as the manifest has them."""
@@ -179,6 +179,10 @@ class ShardReader:
         """(1 or dates, H, W) uint8 validity codes, or None where every pixel is clear."""
         column = (modality or self.contract.modality) + VALID
         return self._decode(number, column, self._members(number, column).item()) if self.has(number, column) else None
+
+    def label_map(self, number: int, name: str) -> np.ndarray | None:
+        """(1, H, W) codes or (n, H, W) shares of one of `manifest.maps`, or None where the sample has none."""
+        return self._decode(number, name, self._members(number, name).item()) if self.has(number, name) else None
 
     def meta(self, number: int) -> dict[str, Any]:
         """The sample's JSON; of a foreign sample without one `captions`, if it has a text, or nothing."""

@@ -78,7 +78,7 @@ def reindex(folder: Path, max_failed: float = 0.0) -> Manifest:
     dataset = known.dataset if known else scan.dataset or folder.resolve().name
     labels = {found.label for samples in parts for found in samples if found.label is not None}
     classes = known.classes if known else sorted_classes(labels)
-    columns = columns_of(scan.modalities)
+    columns = columns_of(scan.modalities, known.maps if known else ())
     tables = []
     for path, samples in zip(tars, parts, strict=True):
         rows = [Row(f.key, _number(path, f.key, f.label, classes), f.block, f.place, _members(f, columns)) for f in samples]
@@ -187,7 +187,11 @@ class _Scan:
         if not images:
             hint = "; `swath shard` converts tif" if any(kind_of(s, data) == "tif" for s, (_, data) in members.items()) else ""
             raise _Bad(f"{where} has no image (jpg, png or npy){hint}")
-        columns: dict[str, np.ndarray] = {}
+        columns = {
+            name: member_row(number, *member, "npy")
+            for name in (self.known.maps if self.known else ())
+            if (member := members.get(f"{name}.npy")) is not None
+        }
         looks = []
         for name, (kind, (offset, data)) in images.items():
             try:

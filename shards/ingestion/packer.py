@@ -14,7 +14,7 @@ from swath.shards.ingestion.journal import Journal, Stretch
 from swath.shards.ingestion.quality import Duplicates, LeftOut
 from swath.shards.ingestion.work import Chunk, Job, Made, Seen, seen_again
 from swath.shards.manifest import Shard
-from swath.shards.sources.source import Source
+from swath.shards.sources.source import Source, maps_of
 from swath.shards.writer import Rows, ShardWriter
 
 MAX_SAMPLES = 4096  # in one shard, so that small data sets have several to shuffle
@@ -86,7 +86,7 @@ class Packer:
         self.source, self.folder, self.limits, self.length, self.work = source, folder, limits, length, work
         self.failed, self.duplicates, self.bar = failed, duplicates, bar
         self.numbers = {name: number for number, name in enumerate(classes)}
-        self.columns = columns_of(list(source.contracts))
+        self.columns = columns_of(list(source.contracts), maps_of(source))
         self.journal = Journal(journal, folder, len(self.columns), source.contracts)
 
     def run(self, jobs: list[Job], look: Callable[[Seen], object]) -> Packed:

@@ -127,6 +127,7 @@ def _members(source: Source, job: Job, sample: Sample, label: str | None) -> lis
         members.append(Member(f"{name}.{part.extension}", name, data, part.scale, part.add))
         if part.valid is not None and (part.valid != 1).any():
             members.append(Member(f"{name}{VALID}.npy", name + VALID, encode_npy(part.valid)))
+    members += [Member(f"{name}.npy", name, encode_npy(labels)) for name, labels in sample.maps.items()]
     members.append(Member("json", "json", json.dumps(meta, sort_keys=True, allow_nan=False).encode()))
     return members
 

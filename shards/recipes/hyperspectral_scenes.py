@@ -1,9 +1,10 @@
 """The hyperspectral scenes that everybody tests with, as `.mat`: Indian Pines, Salinas, Pavia, Houston 2013, MUUFL, Jasper Ridge.
 
 None has a georeference, and most have no wavelengths: these are computed from the documented range and number of bands, so they
-are nominal and may be some 10 nm off. Labels are per pixel; a chip takes the class of most of its labelled pixels.
+are nominal and may be some 10 nm off. Labels are per pixel: a chip has a map of them, and takes the class of most.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from swath.shards.bands import Band, Unit
 from swath.shards.errors import InputError
+from swath.shards.manifest import LabelMap
 from swath.shards.recipes.registry import register
 from swath.shards.sources import mat
 from swath.shards.sources.cube import clear, majority, take, windows
@@ -19,11 +21,13 @@ from swath.shards.sources.planned import Planned, contract, fingerprint
 from swath.shards.sources.source import Item, Options, Part, Sample
 
 Bands = Callable[[int], list[Band]]
+LABELS, SHARES = "labels", "abundances"  # names of label maps
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`cube` is (H, W, C), `labels` (H, W) by code, `heights` (H, W, n) in metres; `wavelengths` win over nominal ones."""
+    """`cube` is (H, W, C), `labels` (H, W) by code, `heights` (H, W, n) in metres, `shares` (n, H, W) of the `materials`;
+    `wavelengths` win over nominal ones."""
 
     cube: np.ndarray
     files: tuple[Path, ...]
@@ -31,6 +35,8 @@ class Scene:
     heights: np.ndarray | None = None
     wavelengths: tuple[float, ...] | None = None
     classes: tuple[str, ...] | None = None
+    shares: np.ndarray | None = None
+    materials: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,16 @@ class HyperspectralScene(Planned):
             part.scale, part.add = self.options.scale or 1.0, self.options.add or 0.0
             part.scale_source = "given by whoever made the shards"
         meta = {"window": list(item.place), "source": item.lookup} | ({"gsd_m": self.gsd_m} if self.gsd_m else {})
-        label = None
+        label, maps = None, {}
+        top, left, height, width = item.place
+        window = (..., slice(top, top + height), slice(left, left + width))
         if self.scene.labels is not None:
-            top, left, height, width = item.place
-            names = dict(enumerate(self.classes, start=1))
-            label, said = majority(self.scene.labels[top : top + height, left : left + width], names)
+            maps[LABELS] = self.scene.labels[window]
+            label, said = majority(maps[LABELS], dict(enumerate(self.classes, start=1)))
             meta |= said
-        return Sample(parts, label, meta)
+        if self.scene.shares is not None:
+            maps[SHARES] = self.scene.shares[window]
+        return Sample(parts, label, meta, maps)
 
 
 def _open(published: Published, path: Path, options: Options) -> HyperspectralScene:
@@ -117,9 +126,11 @@ def _open(published: Published, path: Path, options: Options) -> HyperspectralSc
         if unnamed:
             raise InputError(f"{root}: the label map has codes {unnamed[:5]}, {published.name} has 1 to {len(classes)}")
         notes.append("labels are of pixels: chips of one scene lie side by side, so a random split of them leaks")
+    maps = {} if scene.labels is None else {LABELS: LabelMap(classes=dict(enumerate(classes, start=1)))}
+    maps |= {} if scene.shares is None else {SHARES: LabelMap(shares=scene.materials)}
     return HyperspectralScene(
         dataset=published.name, kind=published.name, contracts=contracts, items=items, notes=tuple(notes),
-        classes=classes if scene.labels is not None else (), fingerprint=fingerprint(root, scene.files, options),
+        classes=classes if scene.labels is not None else (), maps=maps, fingerprint=fingerprint(root, scene.files, options),
         scene=scene, gsd_m=published.gsd_m, options=options,
     )  # fmt: skip
 
@@ -221,7 +232,8 @@ def _muufl(path: Path, published: Published) -> Scene:
 
 
 def _jasper(path: Path, published: Published) -> Scene:
-    """`Y` is bands × pixels, pixels column by column; `SlectBands` says which of 224 bands they are."""
+    """`Y` is bands × pixels, pixels column by column; `SlectBands` says which of 224 bands they are. Where the published ground
+    truth `end4.mat` lies beside it, its `A` has the abundances of four materials, named by `cood` ("1-tree")."""
     file = _needed(path, "jasperRidge2_R198.mat")
     rows, columns = (int(_array(file, key, 2).ravel()[0]) for key in ("nRow", "nCol"))
     flat, kept = _array(file, "Y", 2), _array(file, "SlectBands", 2).ravel()
@@ -229,7 +241,26 @@ def _jasper(path: Path, published: Published) -> Scene:
         raise InputError(f"{file}: Y is {flat.shape}, {len(kept)} bands of {rows}×{columns} pixels are expected")
     if tuple(kept.tolist()) != published.kept:
         raise InputError(f"{file}: SlectBands are not the 198 of {published.name}; name the bands of this version with --bands")
-    return Scene(flat.reshape(len(kept), rows, columns, order="F").transpose(1, 2, 0), (file,))
+    cube = flat.reshape(len(kept), rows, columns, order="F").transpose(1, 2, 0)
+    truth = _file(file.parent, "end4.mat")
+    if truth is None:
+        return Scene(cube, (file,))
+    shares = _array(truth, "A", 2)
+    if shares.shape[1] != rows * columns or shares.dtype.kind != "f" or not np.isfinite(shares).all():
+        raise InputError(f"{truth}: A is {shares.shape} of {shares.dtype}; shares of {rows * columns} pixels are expected")
+    folded = shares.reshape(-1, rows, columns, order="F").astype(np.float32)
+    return Scene(cube, (file, truth), shares=np.ascontiguousarray(folded), materials=_materials(truth, len(shares)))
+
+
+def _materials(path: Path, count: int) -> tuple[str, ...]:
+    """The names of `count` abundances, without their numbers."""
+    try:
+        named = [str(np.ravel(name)[0]) for name in mat.load(path, "cood").ravel() if np.size(name)]
+    except InputError:
+        named = []
+    if len(named) != count:
+        return tuple(f"material{n}" for n in range(1, count + 1))
+    return tuple(re.sub(r"^\d+-", "", name) for name in named)
 
 
 _AVIRIS, _ROSIS, _CASI = _linear(366, 2500, 224), (430.0, 860.0), _linear(364.0, 1046.1, 144)

@@ -1,6 +1,6 @@
 """What lies beside a scene `x.tif`: `x_landcover.tif` (labels), `x_valid.tif` (mask), `x_labels_metadata.json`, `x_sar.tif`.
 
-`x_change.tif` says something of two dates: it is left out, and it is told.
+`x_change.tif` says what changed from `x` to the last date of its place: where samples are of one date, it is left out and told.
 """
 
 import json
@@ -15,18 +15,22 @@ from swath.shards.errors import InputError
 from swath.shards.sources.parts import reached
 from swath.shards.sources.scene import open_raster, raster_errors
 
+TWO_DATES = "left out: of two dates, not of one scene"
 LANDCOVER, VALID, SAR, CHANGE, METADATA = "_landcover", "_valid", "_sar", "_change", "_labels_metadata.json"
+_CODES = ("uint8", "uint16")
 SUFFIXES = (LANDCOVER, VALID, CHANGE, SAR)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Paths of the map, the mask, the radar; the map's code → class, empty where it names none; labels and time of the JSON."""
+    """Paths of the map, the mask, the radar, the change; the map's code → class, empty where it names none; labels and time of
+    the JSON."""
 
     cover: Path | None = None
     mask: Path | None = None
     sar: Path | None = None
     codes: tuple[tuple[int, str], ...] = ()
+    change: Path | None = None
     labels: tuple[str, ...] | None = None
     time: str | None = None
 
@@ -46,7 +50,7 @@ def left_out(beside: dict[str, Path]) -> tuple[str, ...]:
     """A line on what is not used."""
     count = sum(name.endswith(CHANGE) for name in beside)
     plural = "s" * (count > 1)
-    return (f"{count} change raster{plural} (*{CHANGE}.tif) left out: of two dates, not of one scene",) if count else ()
+    return (f"{count} change raster{plural} (*{CHANGE}.tif) {TWO_DATES}",) if count else ()
 
 
 def read_beside(name: str, beside: dict[str, Path], bounds: tuple[float, ...]) -> Beside:
@@ -61,13 +65,7 @@ def read_beside(name: str, beside: dict[str, Path], bounds: tuple[float, ...]) -
             continue
         try:
             with reached(), open_raster(str(path)) as file:
-                wanted = ("uint8",) if path is mask else ("uint8", "uint16")
-                if path is not sar and (file.count != 1 or file.dtypes[0] not in wanted):
-                    raise InputError(
-                        f"{path} has {file.count} band(s) of {file.dtypes[0]}; such a map is one of {' or '.join(wanted)}"
-                    )
-                if not np.allclose(file.bounds, bounds, rtol=0, atol=abs(file.transform.a) / 2):
-                    raise InputError(f"{path} does not cover the same ground as its scene")
+                _check(path, file, bounds, () if path is sar else ("uint8",) if path is mask else _CODES)
                 if path is cover:
                     codes = parse_classes(path, file.tags().get("CLASSES", ""))
         except raster_errors() as error:
@@ -75,9 +73,30 @@ def read_beside(name: str, beside: dict[str, Path], bounds: tuple[float, ...]) -
     notes = _metadata(beside.get(name + METADATA))
     labels, time = notes.get("labels"), notes.get("acquisition_date")
     return Beside(
-        cover, mask, sar, tuple(sorted(codes.items())),
+        cover, mask, sar, tuple(sorted(codes.items())), beside.get(name + CHANGE),
         tuple(str(label) for label in labels) if isinstance(labels, list) else None, str(time) if time else None,
     )  # fmt: skip
+
+
+def read_codes(path: Path, bounds: tuple[float, ...]) -> dict[int, str]:
+    """Code → class of a map of codes on a scene's ground. InputError for one that does not fit, or names no classes."""
+    try:
+        with reached(), open_raster(str(path)) as file:
+            _check(path, file, bounds, _CODES)
+            codes = parse_classes(path, file.tags().get("CLASSES", ""))
+    except raster_errors() as error:
+        raise InputError(f"{path} cannot be opened: {error}") from None
+    if not codes:
+        raise InputError(f"{path} has no CLASSES tag; write it as 1=unchanged,2=changed")
+    return codes
+
+
+def _check(path: Path, file: Any, bounds: tuple[float, ...], dtypes: tuple[str, ...]) -> None:
+    """InputError unless it covers the scene's ground, and is one band of `dtypes`, where there are any."""
+    if dtypes and (file.count != 1 or file.dtypes[0] not in dtypes):
+        raise InputError(f"{path} has {file.count} band(s) of {file.dtypes[0]}; such a map is one of {' or '.join(dtypes)}")
+    if not np.allclose(file.bounds, bounds, rtol=0, atol=abs(file.transform.a) / 2):
+        raise InputError(f"{path} does not cover the same ground as its scene")
 
 
 def _metadata(path: Path | None) -> dict[str, Any]:

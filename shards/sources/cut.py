@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import numpy as np
 from swath.shards.bands import Band, InputContract, Normalisation
 from swath.shards.codec import MAX_VALUES, DecodeError
 from swath.shards.errors import InputError
+from swath.shards.manifest import LabelMap
 from swath.shards.sources.parts import reached
 from swath.shards.sources.scene import UNSCALED, Grid, Mask, Scene, Stack, grid_of, load_rasterio, open_raster, raster_errors
 from swath.shards.sources.source import Item, Options, Part, Sample
 
 WHOLE = 256  # px: files up to this size are samples themselves unless --chip says otherwise
 CHIP = 64
+COVER, CHANGE = "landcover", "change"  # names of label maps
 NEAR = 1024  # px: chips of one such square are read one after another; a tile of JPEG 2000 has this side
 _NODATA, _CLEAR, _CLOUD, _SHADOW = 0, 1, 2, 3
 # Sentinel-2's classification: nothing, saturated; cloud shadow; clouds of medium and high probability, thin cirrus.
@@ -61,8 +63,9 @@ class Scenes:
         small = all(max(grid.height, grid.width) <= WHOLE for grid in self.grids if grid is not None)
         side = options.chip or (WHOLE if small else CHIP)
         self.items = [item for number in range(len(scenes)) for item in self._chips(number, side, options.stride or side)]
-        self.codes = _codes(whole)
+        self.codes = same_codes([(scene.cover, scene.codes) for scene in whole if scene.cover is not None])
         self.classes = tuple(self.codes[code] for code in sorted(self.codes))
+        self.maps = {COVER: LabelMap(classes=self.codes)} if self.codes else {}
         self.notes = (*notes, *_told(whole))
         self._errors = raster_errors()
 
@@ -73,13 +76,19 @@ class Scenes:
             raise DecodeError(scene.broken or "has no grid")
         parts = {stack.modality: self._part(stack, grid, window) for stack in scene.stacks}
         meta = self.place_of(item, scene, grid, window)
-        label = None
+        label, maps = None, {}
         if scene.cover is not None:
             main = parts[scene.stacks[0].modality].valid
             seen = np.ones(window[2:], bool) if main is None else main != _NODATA
-            label, share = self._majority(self._window(scene.cover, None, grid, window)[0][seen])
+            codes = self.codes_in(scene.cover, grid, window)
+            label, share = self._majority(codes[seen])
             meta["landcover_share"] = share
-        return Sample(parts, label, meta)
+            maps = dict.fromkeys(self.maps, codes)
+        return Sample(parts, label, meta, maps)
+
+    def codes_in(self, path: str, grid: Grid, window: list[int]) -> np.ndarray:
+        """(height, width) of a map of codes, in a window of the scene's grid."""
+        return self._window(path, None, grid, window)[0]
 
     def _part(self, stack: Stack, grid: Grid, window: list[int]) -> Part:
         pixels = np.ascontiguousarray(np.concatenate([self._window(path, stack, grid, window) for path in stack.paths]))
@@ -268,13 +277,12 @@ def _native(known: Band, gsd: float) -> Band:
     return known.model_copy(update={"gsd_m": max(known.gsd_m or 0, gsd) or None})
 
 
-def _codes(scenes: list[Scene]) -> dict[int, str]:
-    """Land-cover code → class, the same in all maps."""
-    mapped = [s for s in scenes if s.cover is not None]
-    for scene in mapped:
-        if scene.codes != mapped[0].codes:
-            raise InputError(f"{scene.cover}: its classes are not those of {mapped[0].cover}")
-    return dict(mapped[0].codes) if mapped else {}
+def same_codes(maps: Sequence[tuple[str, tuple[tuple[int, str], ...]]]) -> dict[int, str]:
+    """Code → class out of (path, codes) of label maps, which must all have the same."""
+    for path, codes in maps:
+        if codes != maps[0][1]:
+            raise InputError(f"{path}: its classes are not those of {maps[0][0]}")
+    return dict(maps[0][1]) if maps else {}
 
 
 def _told(scenes: list[Scene]) -> list[str]:

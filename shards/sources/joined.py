@@ -23,7 +23,7 @@ from swath.shards.sources.match import (
 )
 from swath.shards.sources.on_grid import check_size, grid_of, mark, on_ground, part_on, told
 from swath.shards.sources.scene import Scene
-from swath.shards.sources.source import Item, Sample, Source
+from swath.shards.sources.source import Item, Sample, Source, maps_of
 
 
 class Joined:
@@ -38,6 +38,7 @@ class Joined:
             )
         self.primary, self.other, self.pairs, self.resampling = primary, other, pairs, resampling
         self.dataset, self.kind, self.classes = primary.dataset, f"{primary.kind} with {other.kind}", primary.classes
+        self.maps = maps_of(primary)
         table = None if pairs.table is None else read_table(Path(pairs.table))
         self.fingerprint = mark(primary.fingerprint, other.fingerprint, pairs, table, resampling)
         found = _Found()

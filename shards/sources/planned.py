@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swath.shards.bands import Band, InputContract, Normalisation, Unit
+from swath.shards.manifest import LabelMap
 from swath.shards.sources.source import Item
 
 
@@ -19,6 +20,7 @@ class Planned:
     items: list[Item]
     fingerprint: str
     classes: tuple[str, ...] = ()
+    maps: dict[str, LabelMap] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
 

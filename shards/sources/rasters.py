@@ -113,7 +113,8 @@ def raster_scene(source: Path, name: str, files: list[Path], beside: dict[str, P
         stack = replace(stack, mask=Mask(str(found.mask), "valid"))
     return Scene(
         name, lookup, (stack,) if radar is None else (stack, radar), None if found.cover is None else str(found.cover),
-        found.codes, _time(stack, found), meta={} if found.labels is None else {"labels": list(found.labels)},
+        found.codes, None if found.change is None else str(found.change), _time(stack, found),
+        meta={} if found.labels is None else {"labels": list(found.labels)},
     )  # fmt: skip
 
 

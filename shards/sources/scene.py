@@ -125,7 +125,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class Scene:
-    """`stacks` over the ground of the first; a land-cover map with its code → class; what is known of the whole scene.
+    """`stacks` over the ground of the first; a land-cover map with its code → class; a map of what changed until the last date of
+    its place; what is known of the whole scene.
 
     `lookup` is the path a split file knows it by. `broken` says why the scene cannot be read, and then nothing else counts.
     """
@@ -135,6 +136,7 @@ class Scene:
     stacks: tuple[Stack, ...] = ()
     cover: str | None = None
     codes: tuple[tuple[int, str], ...] = ()
+    change: str | None = None
     time: str | None = None
     cloud: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)

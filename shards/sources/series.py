@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import numpy as np
 from swath.shards.bands import InputContract
 from swath.shards.codec import DecodeError
 from swath.shards.errors import InputError
-from swath.shards.sources.cut import Scenes
+from swath.shards.manifest import LabelMap
+from swath.shards.sources.beside import TWO_DATES, read_codes
+from swath.shards.sources.cut import CHANGE, Scenes, same_codes
 from swath.shards.sources.match import (
     Dates,
     aligned,
@@ -31,6 +34,8 @@ _ALIKE = 0.5  # share of each other's ground from which on two scenes show one p
 class Series:
     """Several dates of one place in a sample: all modalities of `source` become series of `dates.count`. Raises InputError.
 
+    Label maps are those of the first date. What changed is known between the first date of a place and its last, so of samples
+    that begin and end with these.
     Scenes that share most of their ground are of one place, and are read on the grid of its first; those that differ in scale
     or offset, which a series has one of, come into different samples.
     """
@@ -53,12 +58,16 @@ class Series:
             for name, contract in source.contracts.items()
         }
         check_size(source, self.contracts)
+        self._last = {place[0]: place[-1] for place in places}
+        changes = [(scene.change, scene.stacks[0].grid.bounds) for scene in source.scenes if scene.change is not None]
+        codes = same_codes([(path, tuple(read_codes(Path(path), bounds).items())) for path, bounds in changes])
+        self.maps = source.maps | ({CHANGE: LabelMap(classes=codes)} if codes else {})
         self.items = _series(source, places, dates, lost)
         if not self.items:
             raise InputError(f"no place of {self.dataset} has {dates.at_least} dates; give a smaller --min-dates")
         taken = Counter(len(item.place[1]) for item in self.items if source.scenes[item.place[1][0]].broken is None)
         self.notes = (
-            *source.notes,
+            *(note for note in source.notes if not note.endswith(TWO_DATES)),
             "series: " + ", ".join(f"{count} of {n} date{'s' * (n > 1)}" for n, count in sorted(taken.items())),
             *(f"{count} {words}" for words, count in lost.items() if count),
         )
@@ -90,7 +99,10 @@ class Series:
         }
         if item.cloud is not None:
             meta["scene_cloud"] = item.cloud
-        return Sample(parts, next((sample.label for sample in samples if sample.label is not None), None), meta)
+        maps = dict(samples[0].maps)
+        if scenes[0].change is not None and len(scenes) > 1 and self._last.get(numbers[0]) == numbers[-1]:
+            maps[CHANGE] = self.source.codes_in(scenes[0].change, grid, window)
+        return Sample(parts, next((sample.label for sample in samples if sample.label is not None), None), meta, maps)
 
     def _date(self, item: Item, grid: Grid, number: int, window: list[int]) -> Sample:
         """One scene in a window of the place's grid."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from swath.shards.bands import InputContract, Unit
+from swath.shards.manifest import LabelMap
 from swath.shards.sources.match import Dates, Pairs
 
 
@@ -74,13 +75,15 @@ class Part:
 class Sample:
     """A decoded item: `parts` by modality; one that this sample lacks has no entry, and is a mask for whoever reads it.
 
-    `meta` goes into the sample's JSON. These keys have a meaning: `lat`, `lon` (degrees, of the centre), `gsd_m`, `time` (ISO
+    `maps` are the label maps that this sample has, of those of the source: codes (H, W), or shares (n, H, W). `meta` goes into
+    the sample's JSON. These keys have a meaning: `lat`, `lon` (degrees, of the centre), `gsd_m`, `time` (ISO
     8601), `times` ({modality: [ISO 8601, one for each date]}), `crs`, `bounds`, `labels`, `captions`.
     """
 
     parts: dict[str, Part]
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -100,3 +103,8 @@ class Source(Protocol):
     def read(self, item: Item) -> Sample:
         """Decode one item wholly. DecodeError: the file is bad; InputError: it is of another kind than the rest."""
         ...
+
+
+def maps_of(source: Source) -> dict[str, LabelMap]:
+    """The label maps that samples of `source` may have; few kinds of source know of any, and those have `maps`."""
+    return getattr(source, "maps", {})
