@@ -25,7 +25,8 @@ class Loaded:
     """A backbone in eval mode and fp32, and what must be known to use it.
 
     `name` and `options` rebuild it (`create(name, **options)`); `size` is the (height, width) in pixels that it was trained
-    at; `origin` says where it comes from: step, samples, versions, and the resolved recipe under "config".
+    at; `origin` says where it comes from: step, samples, versions, and the resolved recipe under "config"; `place` is where
+    it was loaded from, for messages.
     """
 
     backbone: Backbone
@@ -34,6 +35,7 @@ class Loaded:
     name: str
     options: dict[str, Any]
     origin: dict[str, Any]
+    place: str = ""
 
     @property
     def contract(self) -> InputContract:
@@ -68,7 +70,7 @@ def load_backbone(path: Path | str) -> Loaded:
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
     _fill(backbone, tensors, path)
-    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin)
+    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin, str(path))
 
 
 def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, int]:
