@@ -82,7 +82,6 @@ class Index:
         try:
             file = parquet.ParquetFile(path)
             told = json.loads((file.schema_arrow.metadata or {})[b"swath"])
-            file.schema_arrow.field("feature"), file.schema_arrow.field("key")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path} is no file of features that `swath embed` wrote ({error})") from None
         return cls(path, file, told)

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Scenes:
     `stated` are (name, size, time) of every file, by which a change is noticed.
     """
 
+    _items: list[Item] | None
+
     def __init__(
         self, path: Path, options: Options, kind: str, scenes: list[Scene], stated: list[tuple[str, int, int]],
         notes: tuple[str, ...] = (),
@@ -60,15 +62,18 @@ class Scenes:
         self.contracts = {name: self._contract(members, whole) for name, members in stacks.items()}
         small = all(max(grid.height, grid.width) <= WHOLE for grid in self.grids if grid is not None)
         side = options.chip or (WHOLE if small else CHIP)
-        self._cut = side, options.stride or side
+        self._cut, self._items = (side, options.stride or side), None
         self.codes = _codes(whole)
         self.classes = tuple(self.codes[code] for code in sorted(self.codes))
         self.notes = (*notes, *_told(whole))
         self._errors = raster_errors()
 
-    @cached_property
+    @property
     def items(self) -> list[Item]:
-        return [item for number in range(len(self.scenes)) for item in self.chips(number, *self._cut)]
+        """Made when first asked for: of a large scene they are many."""
+        if self._items is None:
+            self._items = [item for number in range(len(self.scenes)) for item in self.chips(number, *self._cut)]
+        return self._items
 
     def read(self, item: Item) -> Sample:
         number, *window = item.place
