@@ -7,6 +7,7 @@ Decoding and normalisation are those of `swath shard` and of training. Letters: 
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,16 +169,27 @@ def _open(
         return _Data(
             reader.manifest.dataset, contract, None if tile else len(reader), _of_shards(reader, contract, tile, overlap, batch)
         )
+    if splits := sorted(path.parent.name for path in Path(place).glob(f"*/{MANIFEST}")):
+        raise InputError(f"{place} holds the splits {', '.join(splits)}; give one of them")
     source = open_source(located(place), options, recipe)
     for note in source.notes:
         _log.info("%s", note)
     contract = matched(loaded, source.contracts, f"data {source.dataset}", str(place))
     if contract.dates > 1:
         raise InputError(f"the backbone takes series of {contract.dates} dates: make shards of them with --dates-per-sample")
-    made = _Data(source.dataset, contract, None, iter(()))
-    made.tiles = _of_scenes(source, made, _side(loaded, source, tile), overlap) if isinstance(source, Scenes) else _of_items(
-        source, made, tile, overlap
-    )  # fmt: skip
+    if isinstance(source, Scenes):
+        return _scenes(loaded, source, contract, tile, overlap)
+    made = _Data(source.dataset, contract, None if tile else len(source.items), iter(()))
+    made.tiles = _of_items(source, made, tile, overlap)
+    return made
+
+
+def _scenes(loaded: Loaded, source: Scenes, contract: InputContract, tile: int | None, overlap: int) -> _Data:
+    side = _side(loaded, source, tile)
+    ends = [(grid.height, grid.width) for grid in source.grids if grid is not None]
+    total = sum(math.prod(len(starts(end, min(side, end), side - overlap, True)) for end in both) for both in ends)
+    made = _Data(source.dataset, contract, total, iter(()))
+    made.tiles = _of_scenes(source, made, side, overlap)
     return made
 
 

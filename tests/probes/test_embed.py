@@ -204,6 +204,11 @@ def test_what_does_not_fit_is_refused(cut: tuple[Path, Path, Path], tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_splits_are_given_one_at_a_time(cut: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds the splits shards; give one"):
+        embed(cut[2], cut[1].parent, tmp_path / "a.parquet", progress=False)
+
+
 def test_another_contract_is_refused_with_the_command(cut: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"level: L2A \| L1C(.|\n)*swath adapt .* --accept level --to DIR"):
         embed(cut[2], cut[0], tmp_path / "a.parquet", options=Options(level="L1C"), progress=False)
