@@ -153,6 +153,7 @@ class AFM(Backbone):
     Taps are numbered by the Mamba branch's blocks. The shuffled way is one fixed permutation for each number of tokens.
     """
 
+    band_axes: ClassVar = {"stem.0.0.weight": 1, "patch_embed.weight": 1, "fill": 0}
     tiny: ClassVar = {
         "bands": 3, "image_size": 64, "cnn_widths": (4, 4, 8, 8), "cnn_depths": (1, 1, 1, 1), "width": 16, "depths": (1, 1, 1),
         "states": 4, "adapter": 8, "fused": 16, "experts": 3,

@@ -4,7 +4,7 @@ Letters: b sample, c band, h w pixels, n places of the grid, k kept tokens, d wi
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -87,6 +87,7 @@ class Backbone(nn.Module):
     """
 
     traits: ClassVar[frozenset[str]] = frozenset()
+    band_axes: ClassVar[Mapping[str, int]] = {}  # the parameters that have a slice for each channel of the image: its axis
     tiny: ClassVar[dict[str, Any]]  # options that make a small one of any of its names, `bands` and `image_size` among them
     config: Any
     width: int
@@ -111,6 +112,34 @@ class Backbone(nn.Module):
     def encode(self, tokens: Tokens, keep: Keep | None = None, taps: Sequence[int] = ()) -> Features:
         """Encode tokens; `keep` picks among tokens that were all embedded."""
         raise NotImplementedError
+
+    def with_bands(
+        self, names: Sequence[str], chosen: Sequence[str], wavelength_nm: Sequence[float | None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(options that change, parameters) of this backbone for images of the bands `chosen`, in that order.
+
+        `names` are the bands of its images now, of one date; `wavelength_nm` those of the chosen ones, None where a band has
+        none. A band left out counts as zero everywhere, which after normalisation is its mean; families with tokens for groups of
+        bands, or with weights made from wavelengths, say what it means there. Raises ValueError for what cannot be.
+        """
+        channels = self.channels_of(names, chosen)
+        state = {
+            name: tensor.index_select(self.band_axes[name], torch.tensor(channels, device=tensor.device))
+            if name in self.band_axes
+            else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        return {"bands": len(channels)}, state
+
+    def channels_of(self, names: Sequence[str], chosen: Sequence[str]) -> list[int]:
+        """The channels of the image, date after date, that hold the bands `chosen`; ValueError for bands without weights."""
+        if new := [name for name in chosen if name not in names]:
+            raise ValueError(
+                f"{type(self).__name__} has weights for {', '.join(names)} only, none for {', '.join(new)}; "
+                "a backbone that makes weights from wavelengths (wave_vit, less) would take new bands"
+            )
+        dates = range(self.config.bands // len(names))
+        return [date * len(names) + names.index(name) for date in dates for name in chosen]
 
     def hide(self, images_bchw: Tensor, hidden_bhw: Tensor) -> Tensor:
         """The images with the units where `hidden` (B, H / mask_unit, W / mask_unit) is True replaced by the learned `fill`."""
@@ -218,6 +247,15 @@ def mean_of(x_bkd: Tensor, present_bk: Tensor | None) -> Tensor:
         return x_bkd.mean(dim=1)
     total_bd = torch.where(present_bk[..., None], x_bkd, 0.0).sum(dim=1)
     return total_bd / present_bk.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def whole_groups(groups: Sequence[Sequence[int]], channels: Sequence[int], names: Sequence[str]) -> list[int]:
+    """The numbers of the `groups` of channels that are all among `channels`; ValueError where some of a group are not."""
+    shares = [len(set(group) & set(channels)) / len(group) for group in groups]
+    if any(0 < share < 1 for share in shares):
+        shown = " | ".join(", ".join(names[channel % len(names)] for channel in group) for group in groups)
+        raise ValueError(f"tokens are of groups of bands, so a group stays or goes as a whole; the groups are {shown}")
+    return [number for number, share in enumerate(shares) if share]
 
 
 def fitting(ours: dict[str, Tensor], build: Any, config: Any) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ or kept token, n places of the grid, l places of a sequence with the class token
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class Column(Backbone):
     `both_ways`).
     """
 
+    band_axes: ClassVar = {"patch_embed.proj.weight": 1}
     traits = frozenset({"sparse", "ordered"})
     blocks: nn.ModuleList
     norm: nn.Module

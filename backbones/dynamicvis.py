@@ -142,6 +142,7 @@ STRIDES = (4, 8, 16, 32)
 class DynamicVis(Backbone):
     """Four stages at strides 4, 8, 16 and 32. Tokens are the last stage's; what is masked is masked in pixels."""
 
+    band_axes: ClassVar = {"embeds.0.projection.weight": 1, "fill": 0}
     tiny: ClassVar = {"bands": 3, "image_size": 64, "widths": (8, 12, 16, 24), "depths": (1, 1, 1, 1), "states": 4}
 
     def __init__(self, config: DynamicVisConfig) -> None:

@@ -28,6 +28,7 @@ from swath.backbones.base import (
     register,
     sincos,
     sincos_grid,
+    whole_groups,
 )  # fmt: skip
 from swath.backbones.context import ContextEncoding
 from swath.backbones.grid import boxes, check_image_size, check_images, patch_grid
@@ -311,10 +312,12 @@ SENTINEL2 = ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))  # of B2…B8, B8A, B11, B12, a
 @dataclass(frozen=True)
 class GroupViTConfig(GridConfig):
     """`groups` are lists of bands, each band in exactly one. By default the published ones for ten bands (B2, B3, B4, B8 | B5,
-    B6, B7, B8A | B11, B12), else fours of neighbours. `group_width` channels of the position tell the group."""
+    B6, B7, B8A | B11, B12), else fours of neighbours. `group_width` channels of the position tell the group, by its number among
+    the groups, or by `group_numbers`, which others keep when a group goes."""
 
     groups: tuple[tuple[int, ...], ...] = ()
     group_width: int = 256
+    group_numbers: tuple[int, ...] = ()
 
 
 def _groups(config: GroupViTConfig) -> list[list[int]]:
@@ -339,6 +342,8 @@ class GroupViT(GridViT):
         space = config.width - config.group_width
         if config.group_width % 2 or config.group_width < 2 or space < 4 or space % 4:
             raise ValueError(f"group_width {config.group_width} must be even and leave a multiple of 4 of width {config.width}")
+        if config.group_numbers and len(config.group_numbers) != len(bands):
+            raise ValueError(f"group_numbers must hold {len(bands)}, one for each group, not {len(config.group_numbers)}")
         self.bands = bands
         self.patch_embed = nn.ModuleList([PatchEmbed(len(group), config.patch, config.width) for group in bands])
         init_weights(self.patch_embed)
@@ -346,6 +351,24 @@ class GroupViT(GridViT):
     @property
     def channels(self) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(group) for group in self.bands)
+
+    def with_bands(
+        self, names: Sequence[str], chosen: Sequence[str], wavelength_nm: Sequence[float | None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Groups go as a whole: what is left is the encoding of the tokens of the others alone."""
+        channels = self.channels_of(names, chosen)
+        kept = whole_groups(self.bands, channels, names)
+        numbers = list(self.config.group_numbers) or list(range(len(self.bands)))
+        state = {}
+        for name, tensor in self.state_dict().items():
+            part, _, rest = name.removeprefix("patch_embed.").partition(".")
+            if not name.startswith("patch_embed."):
+                state[name] = tensor
+            elif int(part) in kept:
+                state[f"patch_embed.{kept.index(int(part))}.{rest}"] = tensor
+        groups = [[channels.index(channel) for channel in self.bands[group]] for group in kept]
+        options = {"bands": len(channels), "groups": groups, "group_numbers": [numbers[group] for group in kept]}
+        return options, state
 
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         if index_bk is None:
@@ -362,7 +385,10 @@ class GroupViT(GridViT):
 
     def positions(self, grid: tuple[int, int, int, int], ctx: Context | None, batch: int, device: torch.device) -> Tensor:
         space_nd = self.sincos_positions(self.width - self.config.group_width, grid, device)
-        group_gd = sincos(self.config.group_width, torch.arange(grid[1], device=device)).float()
+        number_g = torch.arange(grid[1], device=device)
+        if self.config.group_numbers:
+            number_g = torch.tensor(self.config.group_numbers, device=device)
+        group_gd = sincos(self.config.group_width, number_g).float()
         space = space_nd[None].expand(grid[1], -1, -1)
         return torch.cat([space, group_gd[:, None].expand(-1, len(space_nd), -1)], dim=2).flatten(0, 1)[None]
 

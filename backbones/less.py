@@ -8,7 +8,7 @@ lattice, d width, r rank, e width of a head's factor.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -259,6 +259,23 @@ class LESS(Backbone):
     @property
     def channels(self) -> tuple[tuple[int, ...], ...]:
         return tuple((band,) for band in range(self.config.bands))
+
+    def with_bands(
+        self, names: Sequence[str], chosen: Sequence[str], wavelength_nm: Sequence[float | None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A band is a group: one that goes takes its tokens along. Optical bands have their weights in common, so that new ones
+        need a wavelength only; radar stays behind them."""
+        optical = self.config.bands - self.config.radar
+        radar = [name in names[optical:] for name in chosen]
+        bare = [n for n, known in zip(chosen, wavelength_nm, strict=True) if n not in names and not (known and optical)]
+        if bare:
+            raise ValueError(f"{', '.join(bare)} was not trained on, and has no wavelength by which it would be an optical band")
+        if radar != sorted(radar):
+            raise ValueError(f"radar bands come last: {', '.join(n for n, last in zip(chosen, radar, strict=True) if last)}")
+        gone = ("radar_patch_embed.",) * (not any(radar)) + ("optical_patch_embed.",) * all(radar)
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(gone)}
+        known_nm = [known or 0.0 for known in wavelength_nm]
+        return {"bands": len(chosen), "radar": sum(radar), "wavelength_nm": known_nm}, state
 
     def tokenize(self, images_bchw: Tensor, ctx: Context | None = None, keep: Keep | None = None) -> SpacedTokens:
         """`ctx.gsd_m` (B,) and `ctx.wavelength_nm` (C,) place the tokens; the configuration's stand in for them, and for a NaN of

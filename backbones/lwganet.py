@@ -209,6 +209,7 @@ _SIZES["small"] = _SIZES["l1"]
 class LWGANet(Backbone):
     """Four stages at strides 4, 8, 16 and 32. Tokens are the last stage's; what is masked is masked in pixels. `small` is L1."""
 
+    band_axes: ClassVar = {"stem.0.weight": 1, "fill": 0}
     tiny: ClassVar = {"bands": 3, "image_size": 64, "width": 16, "depths": (1, 1, 1, 1)}
 
     def __init__(self, config: LWGANetConfig) -> None:

@@ -95,6 +95,7 @@ class RSMamba(Backbone):
     Not sparse, since patches share pixels: `hide` masks units of one patch, and `tokenize_hidden` drops what touches one.
     """
 
+    band_axes: ClassVar = {"patch_embed.weight": 1, "fill": 0}
     traits = frozenset({"ordered"})
     tiny: ClassVar[dict[str, Any]] = {"bands": 4, "image_size": 32, "patch": 8, "stride": 4, "width": 24, "depth": 2, "inner": 48}
 

@@ -4,13 +4,14 @@ Letters: b sample, h w pixels, g cubes along the spectrum, n places of the raste
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from swath.backbones.base import Context, fitting, register
+from swath.backbones.base import Context, fitting, register, whole_groups
 from swath.backbones.grid import resize_positions
 from swath.backbones.group_vit import SIZES, TINY, GridConfig, GridViT
 from swath.kernels.embed import visible_patch_embedding
@@ -67,6 +68,25 @@ class SpectralViT(GridViT):
     @property
     def channels(self) -> tuple[tuple[int, ...], ...]:
         return tuple(zip(*[iter(range(self.config.bands))] * self.config.cube, strict=True))
+
+    def with_bands(
+        self, names: Sequence[str], chosen: Sequence[str], wavelength_nm: Sequence[float | None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Cubes go as a whole, and keep the order of their bands, since all have the same weights; in which order they come is
+        free. What is left is the encoding of their tokens alone."""
+        channels = self.channels_of(names, chosen)
+        whole_groups(self.channels, channels, names)
+        cubes = list(zip(*[iter(channels)] * self.config.cube, strict=True))
+        if strangers := [cube for cube in cubes if cube not in self.channels]:
+            given, known = (
+                " | ".join(", ".join(names[channel % len(names)] for channel in cube) for cube in some)
+                for some in (strangers[:1], self.channels)
+            )
+            raise ValueError(f"a token is a cube of bands in their order, and {given} are none; the cubes are {known}")
+        place_g = torch.tensor([self.channels.index(cube) for cube in cubes], device=self.pos_embed_temporal.device)
+        state = dict(self.state_dict())
+        state["pos_embed_temporal"] = state["pos_embed_temporal"].index_select(1, place_g)
+        return {"bands": len(channels)}, state
 
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         return self.patch_embed(images_bchw, index_bk)

@@ -3,6 +3,7 @@
 Letters: b sample, f frame, h w pixels, n places of the raster, k kept tokens, d width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -70,6 +71,18 @@ class TemporalViT(GridViT):
     @property
     def channels(self) -> tuple[tuple[int, ...], ...]:
         return tuple(zip(*[iter(range(self.config.bands))] * (self.config.bands // self.config.frames), strict=True))
+
+    def with_bands(
+        self, names: Sequence[str], chosen: Sequence[str], wavelength_nm: Sequence[float | None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The same bands of every frame; those left out count as zero, as in a plain ViT."""
+        channels, frames = self.channels_of(names, chosen), self.config.frames
+        of_frame = channels[: len(channels) // frames]
+        if channels != [frame * (self.config.bands // frames) + channel for frame in range(frames) for channel in of_frame]:
+            raise ValueError(f"the {frames} frames share their weights: take the same bands of each, frame by frame")
+        state, name = dict(self.state_dict()), "patch_embed.proj.weight"
+        state[name] = state[name].index_select(1, torch.tensor(of_frame, device=state[name].device))
+        return {"bands": len(channels)}, state
 
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         project = self.patch_embed.proj

@@ -127,6 +127,7 @@ _SIZES = {
 class ViT(Backbone):
     """Patches of all bands together (one group), a class token, pre-norm blocks, a final norm."""
 
+    band_axes: ClassVar = {"patch_embed.proj.weight": 1}
     traits = frozenset({"sparse"})
     tiny: ClassVar[dict[str, Any]] = {"bands": 4, "image_size": 32, "patch": 8, "width": 48, "depth": 2, "heads": 3}
 

@@ -136,6 +136,7 @@ class VMamba(Backbone):
     stem's map, (B, H / 4 · W / 4, D), 64 to a unit. Maps are at every stride; only the last is normed.
     """
 
+    band_axes: ClassVar = {"stem.0.conv.weight": 1, "fill": 0}
     tiny: ClassVar[dict[str, Any]] = {"bands": 4, "image_size": 64, "width": 8, "depths": (1, 1, 2, 1)}
 
     def __init__(self, config: VMambaConfig) -> None:

@@ -6,6 +6,7 @@ r projections of the mixture, f feature.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,6 +108,21 @@ class WaveViT(GridViT):
         if images_bchw.ndim != 4 or images_bchw.shape[1] != bands:
             whose = "as the configuration says" if given is None else "one for each wavelength of the context"
             raise ValueError(f"images must be (B, {bands}, H, W), {whose}, not {tuple(images_bchw.shape)}")
+
+    def with_bands(
+        self, names: Sequence[str], chosen: Sequence[str], wavelength_nm: Sequence[float | None]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Weights are made anew, from the wavelengths of the bands that are chosen; they may be any. A band without one must be
+        among those that were trained, where a vector stands for it."""
+        bare = [n for n, known in zip(chosen, wavelength_nm, strict=True) if not known and n not in names]
+        if bare:
+            raise ValueError(f"{', '.join(bare)} has no wavelength to make weights from, and was not trained on")
+        state = dict(self.state_dict())
+        learned = state["patch_embed.unknown"]
+        none = torch.zeros_like(learned[0])
+        rows = [learned[min(names.index(n), len(learned) - 1)] if n in names else none for n in chosen]
+        state["patch_embed.unknown"] = torch.stack(rows)
+        return {"bands": len(chosen), "wavelength_nm": [known or 0.0 for known in wavelength_nm]}, state
 
     def embed(self, images_bchw: Tensor, ctx: Context | None, index_bk: Tensor | None) -> Tensor:
         if ctx is not None and ctx.wavelength_nm is not None:

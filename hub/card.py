@@ -101,7 +101,7 @@ output.last_hidden_state  # (B, tokens, {loaded.backbone.width})
 ```
 {_units(loaded)}
 Any image size that the patch divides works; positions are interpolated. `swath probe knn FOLDER …` evaluates it.
-
+{_adapted(origin)}
 ## Limits
 
 The features mean what they meant on imagery of this sensor, level and unit. Other bands, another processing level or other
@@ -207,6 +207,13 @@ def _figure(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _adapted(origin: dict[str, Any]) -> str:
+    if not (lines := origin.get("adapted")):
+        return ""
+    listed = "\n".join(f"- {line}" for line in lines)
+    return f"\n## Adapted\n\nAfter training, by `swath adapt`, without training anything:\n\n{listed}\n"
 
 
 def _bands(loaded: Loaded) -> str:

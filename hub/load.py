@@ -31,7 +31,8 @@ class Loaded:
 
     `name` and `options` rebuild it (`create(name, **options)`); `size` is the (height, width) in pixels that it was trained
     at; `origin` says where it comes from: step, samples, versions, and the resolved recipe under "config"; `shards` lists what
-    a run was trained on: data set number, name, samples, checksum.
+    a run was trained on: data set number, name, samples, checksum; `place` is
+    where it was loaded from, for messages.
     """
 
     backbone: Backbone
@@ -41,6 +42,7 @@ class Loaded:
     options: dict[str, Any]
     origin: dict[str, Any]
     shards: list[list[Any]] = field(default_factory=list)
+    place: str = ""
 
     @property
     def contract(self) -> InputContract:
@@ -91,7 +93,7 @@ def load_backbone(path: Path | str) -> Loaded:
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
     _fill(backbone, tensors, path)
-    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin, state.get("shards", []))
+    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin, state.get("shards", []), str(path))
 
 
 def load_objective(path: Path | str) -> Objective:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import swath
 from swath.backbones.base import Context
+from swath.hub.adapt import command
 from swath.hub.load import Loaded
 from swath.pretrain.objective import context
 from swath.pretrain.precision import Precision, autocast
@@ -46,16 +47,21 @@ class Features:
 
 
 def require_contract(loaded: Loaded, reader: ShardReader) -> InputContract:
-    """The contract of the modality that both have. InputError, both sides shown, unless its bands are those of the backbone."""
-    shared = [name for name in reader.contracts if name in loaded.contracts]
+    """The backbone's contract of the modality that both have, by the data's name of it. InputError, with both sides and the
+    command that would adapt it, unless the data's bands are those of the backbone."""
+    return matched(loaded, reader.contracts, f"data set {reader.manifest.dataset}", reader.place)
+
+
+def matched(loaded: Loaded, contracts: Mapping[str, InputContract], theirs: str, place: str) -> InputContract:
+    """As `require_contract`, for data of `contracts` at `place`."""
+    shared = [name for name in contracts if name in loaded.contracts]
+    if not shared and len(contracts) > 1:
+        raise InputError(f"{theirs} has modalities {', '.join(contracts)}; the backbone's is {', '.join(loaded.contracts)}")
+    given = contracts[shared[0]] if shared else next(iter(contracts.values()))
     contract = loaded.contracts[shared[0]] if shared else loaded.contract
-    contract.require(
-        reader.contracts[shared[0]] if shared else reader.contract,
-        ours=f"backbone {loaded.name}",
-        theirs=f"data set {reader.manifest.dataset}",
-        remedy="make shards with these bands (`swath shard`), or pretrain on these (`swath pretrain`)",
-    )
-    return contract
+    remedy = command(loaded, given, place) if len(loaded.contracts) == 1 else "data with these bands of this modality"
+    contract.require(given, ours=f"backbone {loaded.name}", theirs=theirs, remedy=remedy)
+    return contract.model_copy(update={"modality": given.modality})
 
 
 def resolve(asked: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:

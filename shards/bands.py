@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from swath.shards.errors import InputError
 
 Unit = Literal["reflectance", "digital number", "dB", "linear power", "radiance", "kelvin", "metres", "class", "several"]
+
+
+# In what an adapted backbone takes data that differ from what it was trained on. Of these normalisation and gsd are not compared:
+# that they are here only says it.
+Accepted = Literal["sensor", "level", "unit", "wavelength", "normalisation", "gsd"]
 
 
 class Strict(BaseModel):
@@ -47,7 +52,8 @@ class InputContract(Strict):
     """Ordered bands of one modality and what their numbers mean after `value * scale + offset` of the sample.
 
     A series holds `dates` of them: its channels are the bands of the first date, then those of the second, and so on.
-    SAR's `level` says which backscatter it is (sigma0, gamma0); a band without a wavelength has none invented.
+    SAR's `level` says which backscatter it is (sigma0, gamma0); a band without a wavelength has none invented. `accepts` are the
+    mismatches that `swath adapt` was told to let pass; with a sensor's its modality may have another name too.
     """
 
     modality: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,17}$")  # with a key it must fit into a tar name
@@ -63,6 +69,12 @@ class InputContract(Strict):
     width: int | None = None
     gsd_m: float | None = None
     resampling: str | None = None
+    accepts: tuple[Accepted, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Data accept nothing: their contracts stay as they were written before there was `accepts`."""
+        return {key: value for key, value in plain(self).items() if key != "accepts" or value}
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -89,26 +101,30 @@ class InputContract(Strict):
         return self.unit in ("dB", "linear power")
 
     def require(self, other: "InputContract", *, ours: str, theirs: str, remedy: str) -> None:
-        """Raise InputError, both sides band by band, unless `other` means the same bands in the same order and unit.
+        """Raise InputError, both sides band by band, unless `other` means the same bands in the same order and unit, but for what
+        this one accepts.
 
         Statistics may differ: the normalisation that counts is the one the weights were trained with.
         """
         heads = [
             (field, getattr(self, field), getattr(other, field))
             for field in ("modality", "sensor", "level", "unit", "dates")
-            if getattr(self, field) != getattr(other, field)
+            if getattr(self, field) != getattr(other, field) and field not in self._let_pass
         ]
-        if not heads and [_identity(b) for b in self.bands] == [_identity(b) for b in other.bands]:
+        if not heads and [self._identity(b) for b in self.bands] == [self._identity(b) for b in other.bands]:
             return
         rows = [f"  {field}: {mine} | {yours}" for field, mine, yours in heads]
         for position, (mine, yours) in enumerate(zip_longest(self.bands, other.bands), start=1):
-            same = mine is not None and yours is not None and _identity(mine) == _identity(yours)
+            same = mine is not None and yours is not None and self._identity(mine) == self._identity(yours)
             rows.append(f"  {'   ' if same else '!= '}band {position}: {_show(mine)} | {_show(yours)}")
         raise InputError(f"input contracts differ: {ours} | {theirs}\n" + "\n".join(rows) + f"\n  what would do: {remedy}")
 
+    @property
+    def _let_pass(self) -> set[str]:
+        return {*self.accepts, *(["modality"] if "sensor" in self.accepts else [])}
 
-def _identity(band: Band) -> tuple[str, float | None]:
-    return band.name, band.wavelength_nm
+    def _identity(self, band: Band) -> tuple[str, float | None]:
+        return band.name, None if "wavelength" in self.accepts else band.wavelength_nm
 
 
 def side_by_side(contracts: Sequence[InputContract]) -> InputContract:

@@ -51,8 +51,8 @@ class LabelMap(Strict):
 
 
 class Manifest(Strict):
-    """`maps` are the label maps by the name of their member, `<key>.<name>.npy`; `skipped` lists what could not be decoded; `plan`
-    is the fingerprint of the command that made the shards; `licence` is that of the imagery, "" where nobody has stated one."""
+    """`maps` are the label maps by the name of their member, `<key>.<name>.npy`; `skipped` lists what could not be decoded;
+    `plan` is the fingerprint of the command that made the shards; `licence` is that of the imagery, "" where nobody has stated one."""
 
     schema_version: Literal[2] = 2
     dataset: str

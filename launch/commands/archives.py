@@ -13,6 +13,7 @@ from swath.shards.errors import InputError
 
 if TYPE_CHECKING:
     from swath.shards.sources.match import Dates, Pairs
+    from swath.shards.sources.source import Options
 
 
 def add(commands: Commands) -> None:
@@ -32,7 +33,7 @@ def add(commands: Commands) -> None:
     p.set_defaults(run=_init)
 
     p = commands.add_parser("shard", help="rasters or images to shards")
-    p.add_argument("source", type=_place, help="folder, zip or address (s3://, gs://, https://), or the YAML of swath init")
+    p.add_argument("source", type=place, help="folder, zip or address (s3://, gs://, https://), or the YAML of swath init")
     p.add_argument("--yes", action="store_true", help="take the guesses in that YAML as they are")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--recipe", help="a published data set's layout (see swath recipes)")
@@ -55,15 +56,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--implausible-ok", action="store_true", help="go on where numbers cannot be what they are said to be")
     p.add_argument("--chip", type=int, help="pixels on each side (64, or whole files where all are small)")
     p.add_argument("--stride", type=int, help="pixels between chips (the chip's size)")
-    p.add_argument("--bands", help="band names in file order, separated by commas, where the files do not name them")
-    p.add_argument("--sensor", help="where it cannot be told from the files")
-    p.add_argument("--level", help="processing level, where it cannot be told from the files")
-    p.add_argument("--unit", choices=get_args(Unit), help="of the values after scale and offset")
-    p.add_argument("--scale", type=float, help="physical value = DN · scale + add; wins over what files say")
-    p.add_argument("--add", type=float, help="see --scale; for instance -0.1 for Sentinel-2 from baseline 04.00 on")
-    p.add_argument("--nodata", type=float, help="the DN that stands for nodata")
-    p.add_argument("--gsd", type=float, help="metres per pixel to resample scenes to")
-    p.add_argument("--resampling", default="nearest", help="how: nearest, bilinear, cubic, average (nearest)")
+    add_description(p)
     p.add_argument("--with", dest="partner", metavar="FOLDER", help="of another sensor: each sample gets a partner out of it")
     p.add_argument("--join", help="how a partner is found: footprint, key, or table=FILE with columns key,other (footprint)")
     p.add_argument("--paired-only", action="store_true", help="leave out samples that have no partner")
@@ -85,6 +78,29 @@ def add(commands: Commands) -> None:
     p.add_argument("folder", type=Path, help="shards, or a folder of splits")
     p.add_argument("--out", type=Path, help="folder for the pictures (FOLDER)")
     p.set_defaults(run=_inspect)
+
+
+def add_description(p: argparse.ArgumentParser) -> None:
+    """What a person says of files that do not say it themselves; `description` reads it."""
+    p.add_argument("--bands", help="band names in file order, separated by commas, where the files do not name them")
+    p.add_argument("--sensor", help="where it cannot be told from the files")
+    p.add_argument("--level", help="processing level, where it cannot be told from the files")
+    p.add_argument("--unit", choices=get_args(Unit), help="of the values after scale and offset")
+    p.add_argument("--scale", type=float, help="physical value = DN · scale + add; wins over what files say")
+    p.add_argument("--add", type=float, help="see --scale; for instance -0.1 for Sentinel-2 from baseline 04.00 on")
+    p.add_argument("--nodata", type=float, help="the DN that stands for nodata")
+    p.add_argument("--gsd", type=float, help="metres per pixel to resample scenes to")
+    p.add_argument("--resampling", default="nearest", help="how: nearest, bilinear, cubic, average (nearest)")
+
+
+def description(args: argparse.Namespace) -> "Options":
+    from swath.shards.sources.source import Options
+
+    bands = tuple(args.bands.split(",")) if args.bands else None
+    return Options(
+        bands=bands, sensor=args.sensor, level=args.level, unit=args.unit, scale=args.scale,
+        add=args.add, nodata=args.nodata, gsd_m=args.gsd, resampling=args.resampling,
+    )  # fmt: skip
 
 
 def _scenes(args: argparse.Namespace) -> int:
@@ -120,11 +136,7 @@ def _shard(args: argparse.Namespace) -> int:
     from swath.shards.sources.source import Options
     from swath.shards.stores.cache import CacheOptions
 
-    bands = tuple(args.bands.split(",")) if args.bands else None
-    options = Options(
-        chip=args.chip, stride=args.stride, bands=bands, sensor=args.sensor, level=args.level, unit=args.unit, scale=args.scale,
-        add=args.add, nodata=args.nodata, gsd_m=args.gsd, resampling=args.resampling,
-    )  # fmt: skip
+    options = replace(description(args), chip=args.chip, stride=args.stride)
     if isinstance(args.source, Path) and args.source.suffix.lower() in RECIPE_FILES:
         if args.recipe is not None or options != Options():
             raise InputError(f"{args.source} says what the archive is; write options such as --bands and --sensor into it")
@@ -194,7 +206,7 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _place(text: str) -> Path | str:
+def place(text: str) -> Path | str:
     """A path, or an address as it is."""
     from swath.shards.stores.remote import is_remote
 

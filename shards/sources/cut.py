@@ -39,6 +39,8 @@ class Scenes:
     `stated` are (name, size, time) of every file, by which a change is noticed.
     """
 
+    _items: list[Item] | None
+
     def __init__(
         self, path: Path, options: Options, kind: str, scenes: list[Scene], stated: list[tuple[str, int, int]],
         notes: tuple[str, ...] = (),
@@ -62,12 +64,19 @@ class Scenes:
         self.contracts = {name: self._contract(members, whole) for name, members in stacks.items()}
         small = all(max(grid.height, grid.width) <= WHOLE for grid in self.grids if grid is not None)
         side = options.chip or (WHOLE if small else CHIP)
-        self.items = [item for number in range(len(scenes)) for item in self._chips(number, side, options.stride or side)]
+        self._cut, self._items = (side, options.stride or side), None
         self.codes = same_codes([(scene.cover, scene.codes) for scene in whole if scene.cover is not None])
         self.classes = tuple(self.codes[code] for code in sorted(self.codes))
         self.maps = {COVER: LabelMap(classes=self.codes)} if self.codes else {}
         self.notes = (*notes, *_told(whole))
         self._errors = raster_errors()
+
+    @property
+    def items(self) -> list[Item]:
+        """Made when first asked for: of a large scene they are many."""
+        if self._items is None:
+            self._items = [item for number in range(len(self.scenes)) for item in self.chips(number, *self._cut)]
+        return self._items
 
     def read(self, item: Item) -> Sample:
         number, *window = item.place
@@ -170,8 +179,9 @@ class Scenes:
             gsd_m=gsd.pop() if len(gsd) == 1 else None, resampling=resampling,
         )  # fmt: skip
 
-    def _chips(self, number: int, side: int, stride: int) -> Iterator[Item]:
-        """Windows that lie wholly inside; scenes smaller than a chip are one, as they are. What remains at edges is left."""
+    def chips(self, number: int, side: int, stride: int, *, edges: bool = False) -> Iterator[Item]:
+        """Windows of scene `number` that lie wholly inside, row by row; scenes smaller than a chip are one, as they are. What
+        remains at the right and the bottom is left, or with `edges` seen by windows that lie closer to those before."""
         scene, grid = self.scenes[number], self.grids[number]
         if grid is None:
             yield Item(scene.name, scene.lookup, None, (number, 0, 0, 0, 0))
@@ -179,18 +189,14 @@ class Scenes:
         height, width = min(side, grid.height), min(side, grid.width)
         if height * width * max(len(stack.bands) for stack in scene.stacks) > MAX_VALUES:
             raise InputError(f"{scene.lookup}: a chip of {height}×{width} is beyond {MAX_VALUES} values; give a smaller --chip")
-        tops, lefts = (
-            axis.ravel()
-            for axis in np.meshgrid(
-                np.arange(0, grid.height - height + 1, stride), np.arange(0, grid.width - width + 1, stride), indexing="ij"
-            )
-        )
-        places = grid.centres(tops, lefts, height, width)
-        for i, (y, x) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
-            lat, lon = (None, None) if places is None else (float(places[0][i]), float(places[1][i]))
-            key = scene.name if len(tops) == 1 else f"{scene.name}_y{y:05d}_x{x:05d}"
-            place, near = (number, y, x, height, width), f"{scene.name} {y // NEAR} {x // NEAR}"
-            yield Item(key, scene.lookup, None, place, None, lat, lon, scene.time, scene.cloud, near)
+        tops, lefts = starts(grid.height, height, stride, edges), starts(grid.width, width, stride, edges)
+        for y in tops.tolist():
+            places = grid.centres(np.full_like(lefts, y), lefts, height, width)
+            for i, x in enumerate(lefts.tolist()):
+                lat, lon = (None, None) if places is None else (float(places[0][i]), float(places[1][i]))
+                key = scene.name if len(tops) * len(lefts) == 1 else f"{scene.name}_y{y:05d}_x{x:05d}"
+                place, near = (number, y, x, height, width), f"{scene.name} {y // NEAR} {x // NEAR}"
+                yield Item(key, scene.lookup, None, place, None, lat, lon, scene.time, scene.cloud, near)
 
     def _check_alike(self, scenes: list[Scene]) -> None:
         firsts: dict[str, tuple[Scene, Stack]] = {}
@@ -203,6 +209,12 @@ class Scenes:
                 )
             for stack in scene.stacks:
                 _compare(*firsts.setdefault(stack.modality, (scene, stack)), scene, stack)
+
+
+def starts(length: int, side: int, stride: int, edges: bool) -> np.ndarray:
+    """(n,) int64: where windows of `side` begin along `length`, every `stride`; with `edges` the last ends with it."""
+    whole = np.arange(0, length - side + 1, stride)
+    return np.append(whole, length - side) if edges and whole[-1] + side < length else whole
 
 
 def stated(folder: Path, paths: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""A folder or a zip of images, sorted by class or flat: `EuroSAT_RGB/<Class>/<file>.jpg`. Zips are read where they lie."""
+"""One image, or a folder or a zip of them, by class or flat: `EuroSAT_RGB/<Class>/<file>.jpg`. Zips are read where they lie."""
 
 import hashlib
 import io
@@ -27,9 +27,13 @@ class Images:
 
     def __init__(self, source: Path, options: Options) -> None:
         self.source, self.dataset = source, source.stem if source.is_file() else source.resolve().name
-        self._zip = open_zip(source) if source.is_file() else None
+        alone = source.is_file() and source.suffix.lower() in EXTENSIONS
+        self._zip = open_zip(source) if source.is_file() and not alone else None
         self.notes: tuple[str, ...] = ()
-        if self._zip is not None:
+        if alone:
+            self.source = source.parent
+            sizes = _stated(Files((source,), 0), source.parent)
+        elif self._zip is not None:
             sizes = zip_members(source, self._zip)
         else:
             files = files_below(source)

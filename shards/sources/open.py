@@ -89,7 +89,8 @@ def opener_of(path: Path) -> Callable[[Path, Options], Source]:
     if path.is_file():
         if path.suffix.lower() == ".tar":
             return open_webdataset
-        return Images if path.suffix.lower() not in EXTENSIONS else _refuse_file
+        scene = path.suffix.lower() in EXTENSIONS and not (path.suffix.lower() in TIFF and _is_picture(path))
+        return Rasters if scene else Images
     others = any(p.suffix.lower() in (*EXTENSIONS, ".hdr") and p.suffix.lower() not in TIFF for p in files)
     tiffs = [p for p in files if p.suffix.lower() in TIFF]
     if others or (tiffs and not _is_picture(tiffs[0])):

@@ -23,21 +23,23 @@ _BESIDE_GRIDS = ("lat", "lon", "latitude", "longitude", "crs", "spatial_ref", "t
 
 
 class Rasters(Scenes):
-    """All scenes below a folder, which must have the same bands and dtype."""
+    """All scenes below a folder, which must have the same bands and dtype; or, of a file, the one that it belongs to."""
 
     def __init__(self, path: Path, options: Options) -> None:
         load_rasterio()
-        files = files_below(path)
+        file, path = (path, path.parent) if path.is_file() else (None, path)
+        files = files_below(path) if file is None else Files(tuple(sorted(p for p in path.iterdir() if p.is_file())), 0)
         rasters, within = raster_files(files, path)
-        raw = next((p for p in rasters if GRD.match(p.name)), None)
+        raw = next((p for p in rasters if GRD.match(p.name) and file in (None, p)), None)
         if raw is not None:
             raise InputError(f"{raw} {RAW_RADAR}")
         paths, beside = split_beside(rasters, {p: scene_name(path, p) for p in rasters})
-        if not paths:
-            raise InputError(f"{path} holds no scenes ({', '.join(EXTENSIONS)} or ENVI); name the folder that does")
+        groups = {name: members for name, members in grouped(path, paths).items() if file is None or file in members}
+        if not groups:
+            raise InputError(f"{file or path} holds no scenes ({', '.join(EXTENSIONS)} or ENVI); name the folder that does")
         notes = [p for p in files.paths if p.name.endswith(METADATA)]
         beside |= {p.relative_to(path).as_posix(): p for p in notes}
-        scenes = [raster_scene(path, name, members, beside, options) for name, members in grouped(path, paths).items()]
+        scenes = [raster_scene(path, name, members, beside, options) for name, members in groups.items()]
         pictures = files.of(".jpg", ".jpeg", ".png")
         super().__init__(
             path, options, "rasters", meaning(scenes, options), stated(path, {*rasters, *within, *notes}),

@@ -96,9 +96,11 @@ class Source(Protocol):
     kind: str
     classes: tuple[str, ...]
     contracts: dict[str, InputContract]
-    items: list[Item]
     fingerprint: str
     notes: tuple[str, ...]
+
+    @property
+    def items(self) -> list[Item]: ...
 
     def read(self, item: Item) -> Sample:
         """Decode one item wholly. DecodeError: the file is bad; InputError: it is of another kind than the rest."""

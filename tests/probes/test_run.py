@@ -92,5 +92,6 @@ def test_other_bands_are_refused_with_both_sides(run: Path, make: Make) -> None:
     with pytest.raises(InputError) as caught:
         probe("knn", run, make("train"), swapped, progress=False)
     text = str(caught.value)
-    assert "backbone vit_tiny_patch8 | data set swapped" in text and "what would do: make shards with these bands" in text
+    assert "backbone vit_tiny_patch8 | data set swapped" in text
+    assert f"what would do: swath adapt {run} --bands B04,B03,B02,B08 --to DIR" in text
     assert "!= band 1: B02 490 nm | B04 665 nm" in text and "    band 2: B03 560 nm | B03 560 nm" in text
