@@ -52,7 +52,7 @@ class LabelMap(Strict):
 
 class Manifest(Strict):
     """`maps` are the label maps by the name of their member, `<key>.<name>.npy`; `skipped` lists what could not be decoded;
-    `plan` is the fingerprint of the command that made the shards; `licence` is that of the imagery, "" where nobody has stated one."""
+    `plan` is the fingerprint of the command that made the shards; `licence` is that of the imagery, "" where none is stated."""
 
     schema_version: Literal[2] = 2
     dataset: str
