@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from swath.backbones.base import registry as backbones
 from swath.hub.export import export
 from swath.hub.load import load_backbone, load_objective
+from swath.launch.cli import main
 from swath.pretrain import checkpoint
 from swath.pretrain.objective import Objective, pairs
 from swath.shards.errors import InputError
@@ -84,8 +85,11 @@ def test_every_objective_has_the_loss_that_it_had(name: str, backbone: str, tmp_
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """As the command writes it."""
     name, backbone = "mae", backbones.families()[backbones.entry("vit_tiny_patch8").build]
-    return export(run_of(small(name, backbone), name, backbone, tmp_path / "run"), tmp_path / "exported", with_decoder=True)
+    run = run_of(small(name, backbone), name, backbone, tmp_path / "run")
+    assert main(["export", str(run), "--to", str(tmp_path / "exported"), "--with-decoder"]) == 0
+    return tmp_path / "exported"
 
 
 def test_without_the_decoder_it_is_not_there(folder: Path, tmp_path: Path) -> None:
