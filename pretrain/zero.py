@@ -133,6 +133,7 @@ def _engine(
     os.environ["DS_ACCELERATOR"] = device.type
     try:
         import deepspeed
+        from deepspeed.runtime.zero import parameter_offload
         from deepspeed.utils import groups, set_z3_leaf_modules
     except ImportError:
         raise world.refuse("train.strategy deepspeed needs DeepSpeed: pip install 'swath[deepspeed]'") from None
@@ -143,6 +144,7 @@ def _engine(
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if stage == 3:
+        parameter_offload.FWD_MODULE_STACK.clear()  # a run that has gone back would keep its first model
         zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
         set_z3_leaf_modules(module, list({type(block) for block in module.model.blocks()}))
     else:
