@@ -127,9 +127,17 @@ def _config(loaded: Loaded, origin: dict[str, Any], features: Features) -> dict[
         "num_prefix_tokens": features.prefix.shape[1],
         "image_size": height if height == width else [height, width],
         "map_channels": {str(stride): level.shape[1] for stride, level in features.maps.items()},
-        "input_contract": loaded.contract.model_dump(mode="json"),
+        **contracts_of(loaded),
         "origin": origin,
     }
+
+
+def contracts_of(loaded: Loaded) -> dict[str, Any]:
+    """What config.json says of the input: one image, and where its bands are of several modalities the contract of each."""
+    one = {"input_contract": loaded.contract.model_dump(mode="json")}
+    if len(loaded.contracts) == 1:
+        return one
+    return one | {"input_contracts": {name: contract.model_dump(mode="json") for name, contract in loaded.contracts.items()}}
 
 
 def _processor(loaded: Loaded) -> dict[str, Any]:

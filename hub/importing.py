@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from swath.backbones.base import registry
 from swath.hub.architecture import Architecture, Source, as_published, kind_of, load
 from swath.hub.contracts import agreed
+from swath.hub.export import contracts_of
 from swath.hub.load import CONFIG, MODEL_TYPE, WEIGHTS, Loaded, load_backbone
 from swath.hub.published import read_published
 from swath.pretrain import objective as objectives
@@ -208,11 +209,9 @@ def _write(made: Imported, folder: Path) -> None:
         save_file(_contiguous(own), folder / OBJECTIVE, {"format": "pt"})
         options = dict(made.task)
         task = {"name": options.pop("name"), "options": options}
-    contracts = {name: contract.model_dump(mode="json") for name, contract in loaded.contracts.items()}
-    one = {"input_contract": next(iter(contracts.values()))} if len(contracts) == 1 else {"input_contracts": contracts}
     config = {
         "model_type": MODEL_TYPE, "backbone_name": loaded.name, "backbone_options": loaded.options, "objective": task,
-        "image_size": list(loaded.size), **one, "origin": loaded.origin,
+        "image_size": list(loaded.size), **contracts_of(loaded), "origin": loaded.origin,
     }  # fmt: skip
     write_json(folder / CONFIG, config)
     recipe = {**loaded.origin["config"], "data": {"size": loaded.size[0]}}
