@@ -24,10 +24,10 @@ from swath.hub.curves import draw
 from swath.hub.history import history
 from swath.hub.licences import identifier
 from swath.hub.load import MODEL_TYPE, Head, Loaded, load_backbone, read_head
-from swath.hub.remote import CONFIG, OBJECTIVE, WEIGHTS
 from swath.hub.timm import FILE as TIMM
 from swath.hub.timm import timm_note, timm_weights
 from swath.kernels.dispatch import OPERATORS, use
+from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
 from swath.shards.errors import InputError
 from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
 from swath.shards.prepare import prepare

@@ -12,8 +12,8 @@ from statistics import median
 from typing import Any
 
 from swath.hub.card import without_paths
-from swath.hub.remote import CONFIG
 from swath.pretrain.checkpoint import FOLDER
+from swath.pretrain.initial import CONFIG
 from swath.pretrain.record import read_lines
 
 log = logging.getLogger(__name__)

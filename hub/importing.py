@@ -23,10 +23,10 @@ from swath.backbones.base import registry
 from swath.hub.architecture import Architecture, Source, as_published, kind_of, load
 from swath.hub.contracts import agreed
 from swath.hub.export import contracts_of
-from swath.hub.load import CONFIG, MODEL_TYPE, WEIGHTS, Loaded, load_backbone
+from swath.hub.load import MODEL_TYPE, Loaded, load_backbone
 from swath.hub.published import read_published
 from swath.pretrain import objective as objectives
-from swath.pretrain.initial import OBJECTIVE
+from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
 from swath.pretrain.objective import Objective
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, create
-from swath.hub.remote import CONFIG, OBJECTIVE, WEIGHTS, local
+from swath.hub.remote import local
 from swath.pretrain.checkpoint import read_checkpoint
+from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
 from swath.pretrain.objective import Objective, build, registry
 from swath.shards.bands import InputContract, side_by_side
 from swath.shards.errors import InputError

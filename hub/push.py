@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from swath.hub.licences import concerns, identifier
-from swath.hub.remote import CONFIG, HERE, WEIGHTS, require_client, require_name, told
+from swath.hub.remote import HERE, require_client, require_name, told
+from swath.pretrain.initial import CONFIG, WEIGHTS
 from swath.shards.errors import InputError
 
 log = logging.getLogger(__name__)

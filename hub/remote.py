@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
 from swath.shards.errors import InputError
 
-CONFIG, WEIGHTS, OBJECTIVE = "config.json", "model.safetensors", "objective.safetensors"
 HERE = 'FOLDER = "."  # where this lies, or its name on the Hub'  # a line of every card, which a push makes certain
 _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\S+))?", re.ASCII)
 _TRANSPORT = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
