@@ -34,10 +34,11 @@ from tests.shard_folders import make_shards
 RECIPE = """
 backbone: {name: vit_tiny_patch8, width: 24, depth: 1, heads: 3}
 objective: {name: mae, decoder_width: 24, decoder_depth: 1, decoder_heads: 3}
-train: {global_batch: 12, max_steps: 8, precision: fp32, device: cpu, threads: 1, hang_after: 1.2}
+train: {global_batch: 12, max_steps: 8, precision: fp32, device: cpu, threads: 1}
 checkpoint: {every: 2}
 health: {every: 100, samples: 8}
 """
+SOON = "train.hang_after=1.2"  # where something is to hang; elsewhere a busy machine may take its time
 slow = pytest.mark.slow
 
 
@@ -134,7 +135,7 @@ def with_fault(
             fault()
 
     watch.Watch.at = watched  # type: ignore[method-assign]
-    train(place, shards, *overrides)
+    train(place, shards, *overrides, *([SOON] if fault in (hang, stop, pause) else []))
 
 
 def in_collective(place: Path, shards: Path, fault: Callable[[], None], rank: int) -> None:
@@ -170,7 +171,8 @@ def test_a_rank_that_hangs_is_named_and_ends_first(strategy: str, shards: Path, 
 def test_a_rank_that_hangs_in_any_phase_is_named(when: str, step: int, shards: Path, tmp_path: Path) -> None:
     said = tmp_path / "said"
     assert run(2, in_phase, tmp_path / "run", shards, hang, 1, when, grace=0.5, said=said) == [-9, 1]
-    assert f"late: rank 1 at {when} of step {step} for 1 s; rank 0 waits at" in said.read_text()
+    words = said.read_text()
+    assert f"late: rank 1 at {when} of step {step} for " in words and "; rank 0 waits at " in words
 
 
 @slow
@@ -478,7 +480,7 @@ def in_loader(place: Path, shards: Path, fault: Callable[[], None], rank: int) -
     def begin() -> None:
         ShardReader.chips = lambda *given: fault()  # type: ignore[method-assign,assignment]
 
-    with_fault(place, shards, begin, rank)
+    with_fault(place, shards, begin, rank, *([SOON] if fault is hang else []))
 
 
 @slow
@@ -503,7 +505,7 @@ def test_shards_that_are_cut_while_they_are_read(tmp_path: Path, whole: list[flo
     kept = {path: path.read_bytes() for path in shards.glob("*.tar")}
     assert run(1, with_fault, place, shards, partial(cut, shards)) == [-signal.SIGBUS]
     assert run(1, command, place, shards, said=said) == [2]
-    assert "has 0 bytes instead of" in said.read_text() and "Traceback" not in said.read_text()
+    assert "copy it again or make the shards again" in said.read_text() and "Traceback" not in said.read_text()
     for path, raw in kept.items():
         path.write_bytes(raw)
     assert run(1, train, place, shards) == [0]
