@@ -95,9 +95,17 @@ def _config(loaded: Loaded, origin: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": loaded.backbone.width,  # what a projector behind the model looks for
         "num_hidden_layers": loaded.backbone.depth,
         "image_size": list(loaded.size),
-        "input_contract": loaded.contract.model_dump(mode="json"),
+        **contracts_of(loaded),
         "origin": origin,
     }
+
+
+def contracts_of(loaded: Loaded) -> dict[str, Any]:
+    """What config.json says of the input: one image, and where its bands are of several modalities the contract of each."""
+    one = {"input_contract": loaded.contract.model_dump(mode="json")}
+    if len(loaded.contracts) == 1:
+        return one
+    return one | {"input_contracts": {name: contract.model_dump(mode="json") for name, contract in loaded.contracts.items()}}
 
 
 def _processor(loaded: Loaded) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swath.backbones.base import Backbone, create
 from swath.pretrain.checkpoint import read_checkpoint
-from swath.shards.bands import InputContract
+from swath.shards.bands import InputContract, side_by_side
 from swath.shards.errors import InputError
 
 CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "swath"
@@ -37,10 +37,13 @@ class Loaded:
 
     @property
     def contract(self) -> InputContract:
-        """Of the only modality; InputError where it was trained on several."""
-        if len(self.contracts) > 1:
+        """Of the only modality, or of several whose bands the backbone sees as one image; else InputError."""
+        contracts = list(self.contracts.values())
+        if len(contracts) == 1:
+            return contracts[0]
+        if sum(contract.channels for contract in contracts) != self.backbone.config.bands:
             raise InputError(f"the backbone was trained on {', '.join(self.contracts)}; name one modality")
-        return next(iter(self.contracts.values()))
+        return side_by_side(contracts)
 
 
 def load_backbone(path: Path | str) -> Loaded:
@@ -98,7 +101,7 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         tensors = load_file(path / WEIGHTS)
         state = {
             "backbone": {"name": config["backbone_name"], "options": config["backbone_options"]},
-            "contracts": {"input": config["input_contract"]},
+            "contracts": config.get("input_contracts") or {"input": config["input_contract"]},
             "config": {"data": {"size": config["image_size"]}},
             "origin": config["origin"],
         }

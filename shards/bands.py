@@ -4,14 +4,15 @@
 data meets weights.
 """
 
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swath.shards.errors import InputError
 
-Unit = Literal["reflectance", "digital number", "dB", "linear power", "radiance", "kelvin", "metres", "class"]
+Unit = Literal["reflectance", "digital number", "dB", "linear power", "radiance", "kelvin", "metres", "class", "several"]
 
 
 class Strict(BaseModel):
@@ -31,13 +32,15 @@ class Band(Strict):
 
 
 class Normalisation(Strict):
-    """(x - mean) / std per band, in the contract's unit; `pixels` says from how many valid ones each was computed."""
+    """(x - mean) / std per band, in the contract's unit; `pixels` says from how many valid ones each was computed. What comes of
+    it is cut to the range `clip`, where there is one."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pixels: tuple[int, ...]
     minimum: tuple[float, ...] = ()
     maximum: tuple[float, ...] = ()
+    clip: tuple[float, float] | None = None
 
 
 class InputContract(Strict):
@@ -106,6 +109,34 @@ class InputContract(Strict):
 
 def _identity(band: Band) -> tuple[str, float | None]:
     return band.name, band.wavelength_nm
+
+
+def side_by_side(contracts: Sequence[InputContract]) -> InputContract:
+    """Of one image of the bands of several modalities, one after the other: what they have in common, and of each its bands and
+    their statistics. Bands of one name get their modality's in front."""
+    names = [name for contract in contracts for name in contract.names]
+    clips = {contract.normalisation.clip for contract in contracts}
+    if len(clips) > 1 or any(contract.dates > 1 for contract in contracts):
+        raise InputError("modalities of several dates, or with clips of their own, cannot be put side by side; name one modality")
+
+    def common(field: str, otherwise: Any) -> Any:
+        values = {getattr(contract, field) for contract in contracts}
+        return values.pop() if len(values) == 1 else otherwise
+
+    def bands(contract: InputContract) -> list[Band]:
+        twice = [band.name for band in contract.bands if names.count(band.name) > 1]
+        return [b.model_copy(update={"name": f"{contract.modality}_{b.name}"} if b.name in twice else {}) for b in contract.bands]
+
+    def each(field: str) -> tuple[Any, ...]:
+        return tuple(value for contract in contracts for value in getattr(contract.normalisation, field))
+
+    return InputContract(
+        modality="several", sensor=common("sensor", "several"), level=common("level", "several"), unit=common("unit", "several"),
+        bands=tuple(band for contract in contracts for band in bands(contract)),
+        normalisation=Normalisation(mean=each("mean"), std=each("std"), pixels=each("pixels"), clip=clips.pop()),
+        dtype=common("dtype", "float32"), nodata=common("nodata", None), gsd_m=common("gsd_m", None),
+        height=common("height", None), width=common("width", None),
+    )  # fmt: skip
 
 
 def _show(band: Band | None) -> str:

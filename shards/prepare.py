@@ -101,6 +101,8 @@ def _one(
     factor_bc = (stored.scale.float()[:, None] / std)[..., None, None]
     shift_bc = ((stored.add.float()[:, None] - mean) / std)[..., None, None]
     x_bchw = stored_bchw * factor_bc + shift_bc
+    if contract.normalisation.clip is not None:
+        x_bchw = x_bchw.clamp(*contract.normalisation.clip)
     if valid_bthw is not None:
         x_bchw = torch.where(_of_bands(valid_bthw, contract), x_bchw, 0.0)
     if view.box is not None or tuple(x_bchw.shape[2:]) != size or stored.valid is not None:

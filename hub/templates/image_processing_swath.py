@@ -86,7 +86,10 @@ class SwathImageProcessor(ImageProcessingMixin):
         if self.input_contract["nodata"] is not None:
             valid_1hw &= (x_chw != self.input_contract["nodata"]).all(dim=0, keepdim=True)
         factor, shift = torch.tensor(scale, dtype=torch.float32) / std, (torch.tensor(add, dtype=torch.float32) - mean) / std
-        return torch.where(valid_1hw, x_chw * factor[:, None, None] + shift[:, None, None], 0.0), valid_1hw
+        x_chw = x_chw * factor[:, None, None] + shift[:, None, None]
+        if statistics.get("clip") is not None:
+            x_chw = x_chw.clamp(*statistics["clip"])
+        return torch.where(valid_1hw, x_chw, 0.0), valid_1hw
 
     def _bands_first(self, image: Any, layout: str | None) -> Tensor:
         """(C, H, W) in the stored dtype; ValueError names the bands that are expected."""
