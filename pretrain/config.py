@@ -87,8 +87,10 @@ class Train(Section):
     its own. Learned positions are exact at the size of the last one, whose weights are handed on, and interpolated before.
     After `max_bad_steps` in a row that are not finite the run ends, or, `return_on_bad` times, goes back to before them and on
     without their samples. Where a rank is at one thing (data, a collective, a save) for `hang_after` seconds all ranks end.
+    `init` is a folder whose weights a new run starts from: another run, a checkpoint, an export or an import.
     """
 
+    init: Path | None = None
     global_batch: int = Field(default=256, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)

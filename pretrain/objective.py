@@ -81,6 +81,9 @@ class Objective(nn.Module):
     def after_step(self, skipped: Tensor) -> None:
         """Called after each step of the optimiser; `skipped`, a bool scalar on the device, says that it moved nothing."""
 
+    def after_start(self) -> None:
+        """Called once where the backbone, and nothing else, was given weights of another run."""
+
     def blocks(self) -> list[Recomputed]:
         """The blocks that activation checkpointing and per-block compilation apply to."""
         return [m for m in self.modules() if isinstance(m, Recomputed)]

@@ -28,7 +28,7 @@ from torch import Tensor
 import swath
 from swath.backbones.base import Features
 from swath.kernels import dispatch
-from swath.pretrain import augment, build, checkpoint, cost, health, precision, returns
+from swath.pretrain import augment, build, checkpoint, cost, health, initial, precision, returns
 from swath.pretrain.config import Recipe, refuse_changes
 from swath.pretrain.data import Data
 from swath.pretrain.objective import Objective
@@ -88,8 +88,8 @@ def _examine(recipe: Recipe, world: World) -> None:
         _cut(recipe, world)
         stages = plan(recipe.train, data)
         with torch.device("meta"):  # every stage's size now, not when the stage begins
-            for stage in stages:
-                build.model(recipe, data, stage.size, stages[-1].size)
+            made = [build.model(recipe, data, stage.size, stages[-1].size) for stage in stages]
+        initial.examine(made[-1], recipe, data.contracts)
     finally:
         data.close()
 
@@ -129,10 +129,14 @@ class _Trainer:
         self.total = self.stages[-1].last
         stored = world.first(self._stored)
         self.stored = None if stored is None else Path(stored)
+        self.start = initial.started(recipe)
+        self.data.contracts = initial.renormalised(self.data.contracts, self.start)
         self.device = world.device(kind)
         self.chosen = world.first(self._choices)
         self._heed(self.chosen)
         self.model = self._build()
+        if recipe.train.init is not None and self.stored is None:
+            log.info(initial.load(self.model, recipe))
         unused = self.chosen["unused_weights"] or len(self.data.contracts) > 1
         self.strategy = strategy(recipe.train.strategy, self.model, world, self.device, unused=unused)
         self.optimizer = adamw(self.model, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
@@ -155,6 +159,8 @@ class _Trainer:
         resolved = self.run / "recipe.yaml"
         if resolved.exists():
             refuse_changes(yaml.safe_load(resolved.read_text()), self.recipe.resolved(), self.run)
+        initial.begin(self.recipe, self.data.contracts)
+        self.data.contracts = initial.renormalised(self.data.contracts, initial.started(self.recipe))
         if latest is not None:
             state = checkpoint.read_state(latest)
             trained = {name: InputContract.model_validate(contract) for name, contract in state["contracts"].items()}
@@ -478,6 +484,7 @@ class _Trainer:
             "backbone": {"name": self.recipe.backbone["name"], "options": dataclasses.asdict(self.model.backbone.config)},
             "contracts": {name: contract.model_dump(mode="json") for name, contract in self.data.contracts.items()},
             "shards": self.data.shards,
+            "start": self.start,
             "choices": self.chosen,
             "bad": dict(self.bad),
             "returns": self.returns,

@@ -100,6 +100,9 @@ class Latent(Objective):
             tokens_bnd = encode(self.teacher, images_bchw, ctx, replace(mask, seen_bk=every_bn))[1]
         return F.layer_norm(gather(tokens_bnd, mask.masked_bm).float(), tokens_bnd.shape[2:])
 
+    def after_start(self) -> None:
+        self.teacher.load_state_dict(self.backbone.state_dict())
+
     @torch.no_grad()
     def after_step(self, skipped: Tensor) -> None:
         """The teacher follows the backbone, unless the step was `skipped`: its weights at 1 - momentum, statistics at once."""

@@ -1,0 +1,161 @@
+"""Weights that a run starts from (`train.init`): the backbone of a run, export or import, and the objective's where they fit.
+
+The normalisation that these weights were trained with goes on being theirs: the run takes it from them, not from its shards.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from swath.pretrain.checkpoint import read_checkpoint
+from swath.pretrain.config import Recipe
+from swath.pretrain.objective import Objective
+from swath.shards.bands import InputContract
+from swath.shards.errors import InputError
+from swath.shards.files import write_json
+
+CONFIG, WEIGHTS, OBJECTIVE = "config.json", "model.safetensors", "objective.safetensors"  # of an export or an import
+START = "start.json"  # in the run folder: what it started from
+_BACKBONE = "backbone."
+# Of a backbone's options what may be other than where the weights come from: it changes no parameter's meaning.
+_FREE = ("image_size", "pool", "gsd_m", "wavelength_nm")
+
+
+@dataclass
+class Initial:
+    """`backbone` {"name", "options"}; `objective` likewise, None where only the backbone is there; `tensors` by their names in
+    an objective: the backbone's begin with `backbone.`."""
+
+    backbone: dict[str, Any]
+    objective: dict[str, Any] | None
+    contracts: dict[str, InputContract]
+    tensors: dict[str, Tensor]
+
+
+def read_initial(path: Path) -> Initial:
+    """The weights at `path`: a run folder (its latest checkpoint), a checkpoint, an exported or an imported folder.
+
+    Of the latter only config.json and the weights are read: code that lies in the folder is never run. Raises InputError where
+    there are no weights, or they are damaged.
+    """
+    try:
+        if (path / CONFIG).is_file():
+            config = json.loads((path / CONFIG).read_text())
+            backbone = {"name": config["backbone_name"], "options": config["backbone_options"]}
+            listed = config.get("input_contracts") or {"input": config["input_contract"]}
+            objective, tensors = config.get("objective"), load_file(path / WEIGHTS)
+            if objective is not None:
+                tensors |= load_file(path / OBJECTIVE)
+        else:
+            state, tensors = read_checkpoint(path, "model.")
+            backbone, listed = state["backbone"], state["contracts"]
+            options = dict(state["config"]["objective"])
+            objective = {"name": options.pop("name"), "options": options}
+        contracts = [InputContract.model_validate(contract) for contract in listed.values()]
+        return Initial(backbone, objective, {contract.modality: contract for contract in contracts}, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+        raise InputError(f"train.init: {path} cannot be read ({' '.join(str(error).split())})") from None
+
+
+def examine(model: Objective, recipe: Recipe, contracts: dict[str, InputContract]) -> None:
+    """Of a run that is new: may it start from `train.init`? `model` may be on the meta device.
+
+    Raises InputError, both sides shown, for data of other bands, and for another backbone.
+    """
+    folder = recipe.train.init
+    if folder is None or (recipe.run.dir / START).exists():
+        return
+    found = read_initial(folder)
+    where = ", ".join(one.path for one in recipe.data.train)
+    if missing := contracts.keys() - found.contracts.keys():
+        raise InputError(
+            f"train.init: {folder} was trained on {', '.join(found.contracts)}, and {where} holds {', '.join(sorted(missing))}; "
+            "name what both have in data.modalities"
+        )
+    for name, contract in contracts.items():
+        remedy = "shards with these bands, or a start without train.init"
+        found.contracts[name].require(contract, ours=f"train.init {folder}", theirs=where, remedy=remedy)
+    config = model.backbone.config
+    differing = [
+        f"{key} is {value!r} there, {_plain(getattr(config, key))!r} here"
+        for key, value in found.backbone["options"].items()
+        if key not in _FREE and hasattr(config, key) and _plain(getattr(config, key)) != value
+    ]
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_BACKBONE)}
+    theirs = {name: tensor for name, tensor in found.tensors.items() if name.startswith(_BACKBONE)}
+    if wrong := "; ".join(differing) or _misfits(theirs, own):
+        raise InputError(f"train.init: backbone {recipe.backbone['name']} is not the one in {folder}: {wrong}")
+
+
+def begin(recipe: Recipe, contracts: dict[str, InputContract]) -> None:
+    """Keep in the run folder, once, what a run that was examined starts from."""
+    folder, path = recipe.train.init, recipe.run.dir / START
+    if folder is None or path.exists():
+        return
+    found = read_initial(folder)
+    used = {name: found.contracts[name].model_dump(mode="json") for name in contracts}
+    write_json(path, {"backbone": found.backbone["name"], "objective": found.objective, "contracts": used})
+
+
+def started(recipe: Recipe) -> dict[str, Any] | None:
+    """What `begin` kept: the name of the backbone, the objective, the contracts; None of a run that starts from nothing."""
+    path = recipe.run.dir / START
+    return json.loads(path.read_text()) if recipe.train.init is not None and path.exists() else None
+
+
+def renormalised(contracts: dict[str, InputContract], start: dict[str, Any] | None) -> dict[str, InputContract]:
+    """The data's contracts with the normalisation of the weights that the run started from."""
+    if start is None:
+        return contracts
+    known = {name: InputContract.model_validate(contract) for name, contract in start["contracts"].items()}
+    return {
+        name: contract.model_copy(update={"normalisation": known[name].normalisation}) if name in known else contract
+        for name, contract in contracts.items()
+    }
+
+
+def load(model: Objective, recipe: Recipe) -> str:
+    """Fill `model` from `train.init`, and return one line that says what was taken.
+
+    The objective's own parameters are taken where the objective is the same and all of them fit; else they stay as initialised.
+    """
+    folder = recipe.train.init
+    assert folder is not None
+    found, task = read_initial(folder), recipe.objective["name"]
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_BACKBONE)}
+    theirs = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_BACKBONE)}
+    if found.objective is None:
+        reason = "nothing but the backbone is there"
+    elif found.objective["name"] != task:
+        reason = f"that of {folder} is {found.objective['name']}"
+    else:
+        reason = _misfits(theirs, own)
+    taken = {name: tensor for name, tensor in found.tensors.items() if not reason or name.startswith(_BACKBONE)}
+    model.load_state_dict(taken, strict=not reason)
+    if reason:
+        model.after_start()
+    head = f"objective {task} anew, since {reason}" if reason else f"the weights of objective {task} too"
+    return f"starting from the weights of {folder}: backbone {found.backbone['name']}, {head}; normalised as there"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def _misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What is missing, left over or of another shape, in a few words; nothing where all fit."""
+    shapes = [
+        f"{name} is {tuple(given[name].shape)} there, {tuple(wanted[name].shape)} here"
+        for name in sorted(given.keys() & wanted.keys())
+        if given[name].shape != wanted[name].shape
+    ]
+    missing = [f"{name} is not there" for name in sorted(wanted.keys() - given.keys())]
+    left = [f"{name} is only there" for name in sorted(given.keys() - wanted.keys())]
+    wrong = shapes + missing + left
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
