@@ -234,14 +234,16 @@ def _repeat(name: str, tensor: Tensor, directions: int) -> Tensor:
     return tensor.repeat(directions, *(1,) * (tensor.ndim - 1))
 
 
-def mixer_from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `Mixer`'s parameters from a published one's, of as many directions as it has. ValueError for keys that it has not."""
-    directions = sum(f"D{suffix}" in state for suffix in SUFFIXES)
+def mixer_from_published(state: Mapping[str, Tensor], front: str = "") -> dict[str, Tensor]:
+    """A `Mixer`'s parameters from a published one's, of as many directions as it has. ValueError for keys that it has not, or
+    misses, with `front` before them."""
+    directions = max(sum(form.format(suffix) in state for suffix in SUFFIXES) for form in PER_DIRECTION.values())
     taken = {"in_proj.weight": "in_proj.weight", "out_proj.weight": "out_proj.weight"}
     published = {name: [form.format(suffix) for suffix in SUFFIXES[:directions]] for name, form in PER_DIRECTION.items()}
     expected = {*taken, *(key for keys in published.values() for key in keys)}
     if expected != set(state):
-        raise ValueError(f"a mixer of {directions} directions has other parameters: {', '.join(sorted(expected ^ set(state)))}")
+        wrong = [f"{front}{key} is {'missing' if key in expected else 'not known'}" for key in sorted(expected ^ set(state))]
+        raise ValueError(f"of a mixer of {directions} directions {', '.join(wrong)}")
     ours = {name: state[name] for name in taken}
     for name, keys in published.items():
         stacked = torch.stack([state[key] for key in keys])
@@ -282,7 +284,7 @@ def column_from_published(state: Mapping[str, Tensor], config: Any) -> dict[str,
         else:
             ours[name.replace("layers.", "blocks.", 1).replace("norm_f.", "norm.", 1)] = tensor
     for layer, parts in mixers.items():
-        for name, tensor in mixer_from_published(parts).items():
+        for name, tensor in mixer_from_published(parts, f"{layer}.mixer.").items():
             ours[f"{layer.replace('layers.', 'blocks.', 1)}.mixer.{name}"] = tensor
     if config.class_token and "cls_token" in ours and "pos_embed" in ours:
         table = ours["pos_embed"]

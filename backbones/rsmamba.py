@@ -196,5 +196,7 @@ def from_published(state: Mapping[str, Tensor], config: RSMambaConfig) -> dict[s
         elif parts[0] != "head":
             ours[".".join(parts).replace("patch_embed.projection.", "patch_embed.")] = tensor
     for layer, part in mixers.items():
-        ours |= {f"blocks.{layer}.mixer.{name}": tensor for name, tensor in mixer_from_published(part).items()}
+        ours |= {
+            f"blocks.{layer}.mixer.{name}": tensor for name, tensor in mixer_from_published(part, f"layers.{layer}.").items()
+        }
     return fitting(ours, RSMamba, config)

@@ -3,6 +3,7 @@
 Letters: b sample, h w pixels, g cubes along the spectrum, n places of the raster, k kept tokens, d width.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,12 +84,11 @@ def from_published(state: dict[str, Tensor], config: SpectralViTConfig) -> dict[
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        block, found, kind = name.partition(".attn.q.")
-        if found:
-            parts = [state.get(f"{block}.attn.{part}.{kind}") for part in "qkv"]
-            if any(part is None for part in parts):
-                raise ValueError(f"{name} is without its keys or values")
-            ours[f"{block}.attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
-        elif not any(f".attn.{part}." in name and name.replace(f".attn.{part}.", ".attn.q.") in state for part in "kv"):
+        if found := re.fullmatch(r"(.+\.attn\.)([qkv])(\.\w+)", name):
+            parts = [f"{found[1]}{part}{found[3]}" for part in "qkv"]
+            if missing := [part for part in parts if part not in state]:
+                raise ValueError(f"{', '.join(missing)} is missing")
+            ours[f"{found[1]}qkv{found[3]}"] = torch.cat([state[part] for part in parts])
+        else:
             ours[name] = tensor
     return fitting(ours, SpectralViT, config)

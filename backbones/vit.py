@@ -239,13 +239,15 @@ def init_weights(module: nn.Module) -> None:
 
 
 def from_published(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """Our parameters from a published MAE encoder's. Its fixed position table, with a class row, must be the one we compute.
+    """Our parameters from a published MAE encoder's. Its fixed position table, with a class row, must be the one we compute; of a
+    learned one the class token takes the class row.
 
     Raises ValueError when the table is another one (a swapped row and column half, another grid).
     """
     ours = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
     if config.positions == "learned":
         ours["pos_embed"] = state["pos_embed"][:, 1:]
+        ours["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
     elif "pos_embed" in state:
         place = torch.arange(config.image_size // config.patch)
         check_table(state["pos_embed"], sincos_grid(config.width, place, place), "pos_embed")

@@ -196,7 +196,7 @@ class VMamba(Backbone):
         return Features(x_bnd.mean(dim=1), x_bnd, x_bnd[:, :0], maps, tapped)
 
 
-_RENAMED = {
+RENAMED = {
     "patch_embed.0.": "stem.0.conv.", "patch_embed.2.": "stem.0.norm.", "patch_embed.5.": "stem.1.conv.",
     "patch_embed.7.": "stem.1.norm.", "classifier.norm.": "norm.",
     **{f"layers.{i}.blocks.": f"stages.{i}." for i in range(4)},
@@ -217,6 +217,6 @@ def from_published(state: Mapping[str, Tensor], config: VMambaConfig) -> dict[st
     """
     ours = {"fill": torch.zeros(config.bands)}
     for name, tensor in op_from_published({n: t for n, t in state.items() if not n.startswith("classifier.head.")}).items():
-        prefix = next((old for old in _RENAMED if name.startswith(old)), None)
-        ours[name if prefix is None else _RENAMED[prefix] + name.removeprefix(prefix)] = tensor
+        prefix = next((old for old in RENAMED if name.startswith(old)), None)
+        ours[name if prefix is None else RENAMED[prefix] + name.removeprefix(prefix)] = tensor
     return fitting(ours, VMamba, config)

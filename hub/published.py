@@ -1,11 +1,14 @@
 """Weights that published code wrote, in a backbone of ours: read without running code, mapped by name, strict about every key."""
 
 import argparse
-import pickle
+import re
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +19,12 @@ from swath.shards.errors import InputError
 
 # Where training scripts put the weights, the first that is there.
 _PLACES = ("model", "state_dict", "model_state_dict", "teacher", "student")
+LARGEST = 32 * 2**30
+# What training scripts store beside weights, as data: their arguments, and numbers of numpy under its old and new names.
+_HARMLESS: list[Any] = [
+    argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]  # fmt: skip
 
 
 def load_published(name: str, path: Path | str, *, prefix: str = "", **options: Any) -> Backbone:
@@ -37,7 +46,7 @@ def load_published(name: str, path: Path | str, *, prefix: str = "", **options: 
     mapping = getattr(sys.modules[build.__module__], "from_published", None)
     if mapping is None:
         raise InputError(f"{name}: no layout of published weights is known for this family")
-    state = _without(_read(path), prefix)
+    state = read_published(path, prefix)[0]
     backbone: Backbone = build(config)
     try:
         backbone.load_state_dict(mapping(state, config), strict=True)
@@ -46,36 +55,69 @@ def load_published(name: str, path: Path | str, *, prefix: str = "", **options: 
     return backbone.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_published(path: Path | str, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, what the training script was told) of a published checkpoint; see `load_published`.
+
+    The second is the file's `args`, or {}. A file of torch.save is mapped into memory, so that of the optimiser's state beside
+    the weights nothing is read. Raises InputError for files that are not there, too large, damaged or hold more than weights.
+    """
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a checkpoint (.safetensors, .pth, .pt, .bin)")
+    if path.stat().st_size > LARGEST:
+        raise InputError(
+            f"{path} has {path.stat().st_size / 2**30:.0f} GiB; no checkpoint of these is above {LARGEST / 2**30:.0f}"
+        )
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            held: Any = load_file(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} cannot be read as weights only: {reason}") from None
+    else:
+        held = _unpickled(path)
+    args = held.get("args") if isinstance(held, dict) else None
     for place in _PLACES:
         if isinstance(held, dict) and isinstance(held.get(place), dict):
             held = held[place]
             break
-    if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()) or not held:
+    if not isinstance(held, dict) or not held or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items()):
         raise InputError(f"{path} holds no dictionary of tensors, neither itself nor under {', '.join(_PLACES)}")
-    return held
+    for name, tensor in held.items():
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        if not plain or tensor.numel() * tensor.element_size() > path.stat().st_size:
+            raise InputError(f"{path}: {name} is no plain tensor, or claims more numbers than the file holds")
+    told = vars(args) if isinstance(args, argparse.Namespace) else args
+    return _without(held, prefix), told if isinstance(told, dict) else {}
+
+
+def _unpickled(path: Path) -> Any:
+    """What torch.save wrote, with nothing called but what makes tensors, plain containers, numbers and argparse.Namespace."""
+    archive = zipfile.is_zipfile(path)
+    try:
+        if archive:
+            with zipfile.ZipFile(path) as members:
+                if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
+                    raise InputError(f"{path} is compressed, which torch.save never does; its size cannot be trusted")
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        text = " ".join(str(error).split())
+        asked = re.search(r"GLOBAL ([\w.]+)", text)
+        reason = re.sub(r"^Weights only load failed.*?(WeightsUnpickler error: |$)", "", text).partition(" Check the doc")[0]
+        reason = f"it asks for {asked[1]}, which was not called" if asked else reason[:200] or type(error).__name__
+        raise InputError(f"{path} cannot be read as weights only: {reason}") from None
 
 
 def _without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Keys without `prefix`, which all must have, and without what DataParallel and torch.compile put in front of all of them."""
+    """Keys that begin with `prefix`, without it; and without what DataParallel, torch.compile or a model around the encoder put
+    in front of all of them."""
     if prefix:
         if not any(key.startswith(prefix) for key in state):
             raise InputError(f"no key begins with {prefix!r}; they begin like {', '.join(sorted(state)[:3])}")
         return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
-    for front in ("module.", "_orig_mod."):
+    for front in ("module.", "_orig_mod.", "encoder.", "backbone."):
         if all(key.startswith(front) for key in state):
             state = {key[len(front) :]: tensor for key, tensor in state.items()}
     return state

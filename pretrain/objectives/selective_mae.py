@@ -24,7 +24,7 @@ from swath.shards.prepare import Batch
 
 _FLAT = 1e-6  # odds of a patch without any gradient, where 1 is the image's mean
 # Parts of released files: parameters that no output depends on, and the constants of the gradients.
-_DEAD = ("decoder_embed1", "pos_embed_probs", "get_token_probs", "get_token_probs_linear", "hog")
+DEAD = ("decoder_embed1", "pos_embed_probs", "get_token_probs", "get_token_probs_linear", "hog")
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def load_published(objective: SelectiveMAE, backbone_config: ViTConfig, state: M
     ours: dict[str, Tensor] = {}
     (modality,) = objective.heads
     for name, tensor in state.items():
-        if name.partition(".")[0] in _DEAD:
+        if name.partition(".")[0] in DEAD:
             continue
         if name == "decoder_pos_embed":
             place = torch.arange(backbone_config.image_size // backbone_config.patch)

@@ -160,7 +160,9 @@ def load_published(objective: SpectralGPT, backbone_config: SpectralViTConfig, s
             ours[own] = band_last(tensors[""], backbone_config)
         elif "" in tensors:
             ours[own] = tensors[""]
-        elif len(tensors) == 3:
+        elif missing := [part for part in "qkv" if part not in tensors]:
+            raise ValueError(f"{own.replace('.qkv.', f'.{missing[0]}.')} is missing")
+        else:
             ours[own] = torch.cat([tensors[part] for part in "qkv"])
     objective.load_state_dict(ours, strict=True)
 
