@@ -58,10 +58,16 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
 
 
 def test_probe_then_report(trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "probe", "knn", trained, "--train", shards, "--test", shards, "--json", tmp_path / "knn.json")
-    assert code == 0 and "accuracy" in out
-    assert json.loads((tmp_path / "knn.json").read_text())["n_test"] == 40
-    assert "Probe: knn" in (trained / "report.html").read_text()
+    given = ["--train", shards, "--test", shards, "--cache", tmp_path / "cache", "--json", tmp_path / "knn.json"]
+    code, out, _ = run(capsys, "probe", "knn", trained, *given, "--k", "3", "--precision", "fp32")
+    assert code == 0 and "accuracy" in out and "backbone (transductive)" in out and "random initialisation" in out
+    result = json.loads((tmp_path / "knn.json").read_text())
+    assert result["n_test"] == 40 and result["settings"]["k"] == 3 and result["settings"]["precision"] == "fp32"
+    assert len(list((tmp_path / "cache").iterdir())) == 2 and (tmp_path / "knn-confusion.png").exists()
+    page = (trained / "report.html").read_text()
+    assert "Probe: knn" in page and 'alt="neighbours"' in page
+    code, _, err = run(capsys, "probe", "retrieve", trained, *given, "--k", "0")
+    assert code == 2 and "must be numbers from 1" in err
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +136,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
     given = [f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *TINY, "checkpoint.every=1"]
     assert run(capsys, "pretrain", "mae_vit_tiny", *given)[0] == 0
     (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").write_text("{")
-    code, out, _ = run(capsys, "probe", "knn", tmp_path / "run", "--train", shards, "--test", shards)
+    code, out, _ = run(capsys, "probe", "knn", tmp_path / "run", "--train", shards, "--test", shards, "--no-cache")
     assert code == 0 and "step-00000002 is damaged" in caplog.text
     code, out, _ = run(capsys, "pretrain", "mae_vit_tiny", *given)
     assert code == 0 and "2 steps done" in out

@@ -17,7 +17,7 @@ from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
 from tests.hub.made import contract, loaded, save_run, write_shards
 
-PLAIN = {"progress": False, "epochs": 4, "batch": 8, "seeds": 2, "lr": (0.02,)}
+PLAIN: dict[str, Any] = {"progress": False, "epochs": 4, "batch": 8, "seeds": 2, "lr": (0.02,)}
 
 
 def make(folder: Path, count: int, seed: int) -> Path:
@@ -25,7 +25,7 @@ def make(folder: Path, count: int, seed: int) -> Path:
     labels = random.integers(0, 2, count)
     pixels = random.integers(1000, 3000, (count, 4, 16, 16))
     pixels[:, 3] += 1500 * labels[:, None, None]
-    return write_shards(folder, pixels.astype(np.uint16), labels, blocks=[row // 4 for row in range(count)])
+    return write_shards(folder, pixels.astype(np.uint16), labels.tolist(), blocks=[row // 4 for row in range(count)])
 
 
 def test_a_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_every_family_can_be_fine_tuned(name: str, tmp_path: Path) -> None:
         bands = bands.model_copy(update={"bands": given})
     source = Loaded(backbone, {bands.modality: bands}, (side, side), name, options, {})
     pixels = np.random.default_rng(0).integers(1000, 3000, (16, count * dates, side, side)).astype(np.uint16)
-    reader = ShardReader(write_shards(tmp_path / "train", pixels, np.arange(16) % 2, bands=bands))
+    reader = ShardReader(write_shards(tmp_path / "train", pixels, [0, 1] * 8, bands=bands))
     tuning = Tuning(epochs=2, batch=4, drop_path=0.2)
     target = np.eye(2, dtype=bool)[reader.labels]
     model = tune(source, reader, np.arange(16), target, tuning, lr_per_256=1e-3, seed=0, precision="fp32", progress=False)
