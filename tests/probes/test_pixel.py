@@ -3,6 +3,7 @@
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from swath.shards.sources.source import Options
 from tests.probes.dense_shards import backbone, hyperspectral
 
 torch.set_num_threads(1)
-SMALL = {"patch": 4, "width": 24, "depth": 1, "heads": 3}
+SMALL: dict[str, Any] = {"patch": 4, "width": 24, "depth": 1, "heads": 3}
 DATA = Path(os.environ.get("SWATH_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data") / "hsi"
 
 
@@ -82,7 +83,7 @@ def test_a_split_without_enough_pixels_does_not_count(scene: Path) -> None:
 
 
 def test_pixel_within_a_scene(scene: Path) -> None:
-    options = pixel.Options(labels="5,1", splits=2, draws=2, scratch_steps=2)
+    options = pixel.Options(per_class=(5, 1), splits=2, draws=2, scratch_steps=2)
     made = pixel.run(given(scene), options)
     rows = {row.name: row for row in made.rows}
     assert next(iter(rows)) == "backbone" and set(rows) >= {
@@ -97,7 +98,7 @@ def test_pixel_within_a_scene(scene: Path) -> None:
     assert made.details["paired"]["raw spectrum SVM"]["oa_5"][0] == pytest.approx(difference)
     again = pixel.run(given(scene), options)
     assert again.rows == made.rows and again.details == made.details
-    shared = pixel.run(given(scene), pixel.Options(labels="5,1", splits=1, first=1, draws=2, scratch_steps=0))
+    shared = pixel.run(given(scene), pixel.Options(per_class=(5, 1), splits=1, first=1, draws=2, scratch_steps=0))
     assert shared.details["by_split"]["backbone"]["oa_5"] == by_split["backbone"]["oa_5"][1:]
 
 
@@ -110,7 +111,7 @@ def test_labels_are_as_many_as_said_and_from_train() -> None:
 
 def test_pixel_from_scene_to_scene(scene: Path, tmp_path: Path) -> None:
     other = hyperspectral(tmp_path / "given", tmp_path / "shards", size=(21, 30), seed=3)
-    made = pixel.run(given(scene, other), pixel.Options(labels="5", splits=1, draws=1, scratch_steps=0))
+    made = pixel.run(given(scene, other), pixel.Options(per_class=(5,), splits=1, draws=1, scratch_steps=0))
     target = read_scene(given(scene).loaded, ShardReader(other))
     assert made.settings["n_test"] == (target.labels >= 0).sum() == np.sum(made.details["confusion"])
     assert made.rows[2].name == "statistics" and made.settings["protocol"].startswith("labels of train")
@@ -149,9 +150,9 @@ def test_shares_sum_to_one() -> None:
 
 
 def test_what_cannot_be_probed(scene: Path) -> None:
-    for labels in ("five", "0", "5,1000", ""):
-        with pytest.raises(InputError, match="--labels"):
-            pixel.run(given(scene), pixel.Options(labels=labels))
+    for counts in ((0,), (5, 1000), ()):
+        with pytest.raises(InputError, match="--per-class"):
+            pixel.run(given(scene), pixel.Options(per_class=counts))
     with pytest.raises(InputError, match="smaller one"):
         pixel.run(given(scene, size=48), pixel.Options())
 
@@ -163,6 +164,6 @@ def test_salinas(tmp_path: Path) -> None:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     shard(folder, tmp_path / "shards", recipe="salinas_a", options=Options(chip=128), progress=False)
-    made = pixel.run(given(tmp_path / "shards", size=8), pixel.Options(labels="5", splits=2, draws=2, scratch_steps=0))
+    made = pixel.run(given(tmp_path / "shards", size=8), pixel.Options(per_class=(5,), splits=2, draws=2, scratch_steps=0))
     assert {row.name: row.metrics["oa_5"] for row in made.rows}["raw spectrum SVM"] > 0.9  # type: ignore[operator]
     assert all(min(pixels) > 500 for pixels in made.details["split_pixels"])
