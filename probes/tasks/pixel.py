@@ -74,14 +74,12 @@ def run(bench: Bench, options: Options) -> Result:
         if not within:
             raise InputError("abundances are probed within one scene: give the same shards as --train and --test")
         return abundances(bench, source, guard, options.splits, options.first, options.scratch_steps)
+    # before the long computation, since there may be none
+    halves = splits(source.labels, guard, options.splits, bench.seed, first=options.first) if within else []
     train = _pixels(bench, source, source.classes)
     test = train if within else _pixels(bench, target, source.classes)
-    if within:
-        made = splits(source.labels, guard, options.splits, bench.seed, first=options.first)
-        rounds = [_round(split, train) for split in made]
-    else:
-        every = np.arange(len(train.label))
-        rounds = [Round(every, np.arange(len(test.label)))] * options.splits
+    every = Round(np.arange(len(train.label)), np.arange(len(test.label)))
+    rounds = [_round(split, train) for split in halves] or [every] * options.splits
     totals: dict[str, dict[int, list[np.ndarray]]] = {}
     shown = np.full(target.labels.shape, IGNORE, np.uint8)
     for number, one in enumerate(rounds, options.first):
