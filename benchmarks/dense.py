@@ -4,8 +4,7 @@
 
 Scenes are synthetic: some for pretraining and the heads' training, others for val and test. Each split of a hyperspectral scene
 has a backbone of its own, pretrained on chips that lie wholly in its train blocks. What is in the work folder is kept. `--only`
-names some of segment, change, pixel and abundances; `--splits`, `--steps` and what follows, overrides of recipes, make it
-smaller.
+names some of segment, change, pixel, abundances; `--splits`, `--steps` and what follows (overrides of recipes) make it smaller.
 """
 
 import argparse

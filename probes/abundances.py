@@ -36,6 +36,7 @@ def abundances(bench: Bench, scene: Scene, guard: int, count: int, first: int, s
     assert scene.shares is not None
     loaded, there = bench.loaded, np.isfinite(scene.shares).all(axis=0)
     wavelengths = [band.wavelength_nm for band in contract_of(loaded, bench.readers["train"]).bands]
+    made = splits(np.where(there, 0, -1), guard, count, bench.seed, first=first)
     rows, columns = np.nonzero(there)
     patch = patches(scene, rows, columns, loaded.size)
     spectrum = np.ascontiguousarray(scene.pixels[:, rows, columns].numpy().T)
@@ -47,7 +48,6 @@ def abundances(bench: Bench, scene: Scene, guard: int, count: int, first: int, s
         "PCA-30": spectrum,
     }
     known = Known(rows, columns, scene.shares[:, rows, columns].T, inputs)
-    made = splits(np.where(there, 0, -1), guard, count, bench.seed, first=first)
     errors: dict[str, list[np.ndarray]] = {name: [] for name in inputs}
     chosen: dict[str, list[float]] = {name: [] for name in inputs}
     shown = np.zeros_like(scene.shares)

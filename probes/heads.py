@@ -38,9 +38,10 @@ class LinearHead(nn.Module):
     def __init__(self, widths: Sequence[int], outputs: int) -> None:
         super().__init__()
         self.scale = Standardise(len(widths))
-        self.each = nn.ModuleList(nn.Conv2d(width, outputs, 1, bias=number == 0) for number, width in enumerate(widths))
-        for layer in self.each:  # starts from no opinion, so that features of any scale start alike
+        layers = [nn.Conv2d(width, outputs, 1, bias=number == 0) for number, width in enumerate(widths)]
+        for layer in layers:  # starts from no opinion, so that features of any scale start alike
             nn.init.zeros_(layer.weight)
+        self.each = nn.ModuleList(layers)
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """(B, outputs, *size)."""

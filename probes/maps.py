@@ -151,6 +151,8 @@ class Encoder(nn.Module):
     strides the head sets apart. Otherwise it is all maps that the backbone declares.
     """
 
+    wavelength_nm: Tensor
+
     def __init__(self, backbone: Backbone, wavelength_nm: Tensor, dates: int, several: bool) -> None:
         super().__init__()
         self.backbone, self.dates, self.several = backbone, dates, several

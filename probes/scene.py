@@ -24,7 +24,7 @@ from swath.shards.sources.cube import MAX_PIXELS
 
 BLOCK, TRAIN, TEST = 16, 50, 20  # px; least labelled pixels of every class in a split that counts
 _BATCH = 256  # patches
-_ATTEMPTS = 200  # random halves that are tried for each split wanted
+_ATTEMPTS = 200  # random halves that are tried for each split
 
 
 @dataclass
@@ -119,8 +119,10 @@ def splits(labels_hw: np.ndarray, guard: int, count: int, seed: int, *, first: i
     blocks = int(block_hw.max()) + 1
     classes = np.unique(labels_hw[labels_hw >= 0])
     made: list[Split] = []
-    for attempt in range(_ATTEMPTS * (first + count)):
+    attempt = 0
+    while attempt < _ATTEMPTS * (1 + len(made)):
         order = np.argsort(hashes(seed, "pixel blocks", attempt * blocks, blocks).numpy(), kind="stable")
+        attempt += 1
         train_hw = np.isin(block_hw, order[: blocks // 2])
         split = Split(train_hw, ~_within(train_hw, guard))
         if all(
@@ -130,7 +132,7 @@ def splits(labels_hw: np.ndarray, guard: int, count: int, seed: int, *, first: i
             if len(made) == first + count:
                 return made[first:]
     raise InputError(
-        f"of {_ATTEMPTS * (first + count)} random halves of the scene's blocks of {BLOCK} px, {len(made)} leave {TRAIN} train "
+        f"of {attempt} random halves of the scene's blocks of {BLOCK} px, {len(made)} leave {TRAIN} train "
         f"and {TEST} test pixels of each of {len(classes)} classes with a guard of {guard} px; a smaller --size has a smaller one"
     )
 
@@ -138,7 +140,9 @@ def splits(labels_hw: np.ndarray, guard: int, count: int, seed: int, *, first: i
 def _within(mask_hw: np.ndarray, reach: int) -> np.ndarray:
     """Where a pixel of `mask` is at most `reach` rows and columns away."""
     given = torch.from_numpy(mask_hw)[None, None].float()
-    return F.max_pool2d(given, 2 * reach + 1, stride=1, padding=reach)[0, 0].numpy() > 0 if reach else mask_hw.copy()
+    side = 2 * reach + 1
+    near = F.max_pool2d(F.max_pool2d(given, (side, 1), 1, (reach, 0)), (1, side), 1, (0, reach))
+    return near[0, 0].numpy() > 0
 
 
 def patches(scene: Scene, rows: np.ndarray, columns: np.ndarray, size: tuple[int, int]) -> Callable[[slice], Tensor]:
@@ -156,6 +160,8 @@ def patches(scene: Scene, rows: np.ndarray, columns: np.ndarray, size: tuple[int
 
 class Pooled(nn.Module):
     """Images of one scene → their pooled features as maps of one place, (B, D, 1, 1)."""
+
+    wavelength_nm: Tensor
 
     def __init__(self, backbone: Backbone, wavelength_nm: Sequence[float | None], gsd_m: float) -> None:
         super().__init__()

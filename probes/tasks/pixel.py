@@ -22,7 +22,7 @@ from swath.probes.heads import FromScratch, LinearHead, fit, seeded
 from swath.probes.maps import contract_of, untrained
 from swath.probes.metrics import interval
 from swath.probes.overlays import coloured, matrix, picture
-from swath.probes.scene import Scene, Split, features, patch_statistics, patches, pooled, read_scene, splits
+from swath.probes.scene import TRAIN, Scene, Split, features, patch_statistics, patches, pooled, read_scene, splits
 from swath.probes.task import Bench, Result, Row, task
 from swath.shards.draw import hashes
 from swath.shards.errors import InputError
@@ -33,7 +33,7 @@ _MEASURES = {"oa": accuracy, "aa": mean_recall, "kappa": kappa}
 
 @dataclass(frozen=True)
 class Options:
-    labels: str = field(default="5,1,10", metadata={"help": "labelled pixels of each class; the first counts most (5,1,10)"})
+    per_class: tuple[int, ...] = field(default=(5, 1, 10), metadata={"help": "labelled pixels; the first counts most (5,1,10)"})
     splits: int = field(default=10, metadata={"help": "splits by block (10)"})
     first: int = field(default=0, metadata={"help": "number of the first of these splits, to share them out (0)"})
     draws: int = field(default=5, metadata={"help": "draws of labelled pixels in each split, averaged (5)"})
@@ -74,14 +74,12 @@ def run(bench: Bench, options: Options) -> Result:
         if not within:
             raise InputError("abundances are probed within one scene: give the same shards as --train and --test")
         return abundances(bench, source, guard, options.splits, options.first, options.scratch_steps)
+    # before the long computation, since there may be none
+    halves = splits(source.labels, guard, options.splits, bench.seed, first=options.first) if within else []
     train = _pixels(bench, source, source.classes)
     test = train if within else _pixels(bench, target, source.classes)
-    if within:
-        made = splits(source.labels, guard, options.splits, bench.seed, first=options.first)
-        rounds = [_round(split, train) for split in made]
-    else:
-        every = np.arange(len(train.label))
-        rounds = [Round(every, np.arange(len(test.label)))] * options.splits
+    every = Round(np.arange(len(train.label)), np.arange(len(test.label)))
+    rounds = [_round(split, train) for split in halves] or [every] * options.splits
     totals: dict[str, dict[int, list[np.ndarray]]] = {}
     shown = np.full(target.labels.shape, IGNORE, np.uint8)
     for number, one in enumerate(rounds, options.first):
@@ -129,12 +127,10 @@ def run(bench: Bench, options: Options) -> Result:
 
 
 def _counts(options: Options) -> tuple[int, ...]:
-    try:
-        counts = tuple(dict.fromkeys(int(text) for text in options.labels.split(",")))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1 or max(counts) > 50:
-        raise InputError(f"--labels {options.labels!r} is no list of numbers from 1 to 50, such as 5,1,10")
+    counts = tuple(dict.fromkeys(options.per_class))
+    if not counts or min(counts) < 1 or max(counts) > TRAIN:
+        said = ",".join(map(str, counts))
+        raise InputError(f"--per-class {said!r} is no list of numbers from 1 to {TRAIN}, such as 5,1,10")
     if options.splits < 1 or options.draws < 1 or options.first < 0 or options.scratch_steps < 0:
         raise InputError("--splits and --draws must be at least 1, --first and --scratch-steps at least 0")
     return counts
@@ -175,7 +171,8 @@ def _predicted(
     spectrum, spectrum_test = inputs.pop("spectrum")
     components = min(COMPONENTS, spectrum.shape[1], len(one.train))
     pca = PCA(components, svd_solver="full").fit(spectrum[one.train])
-    machines = {name: (SVC(C=100.0), *x) for name, x in inputs.items()}
+    machines: dict[str, tuple[SVC | KNeighborsClassifier, np.ndarray, np.ndarray]] = {}
+    machines |= {name: (SVC(C=100.0), *x) for name, x in inputs.items()}
     machines["raw spectrum SVM"] = (SVC(C=100.0), spectrum, spectrum_test)
     machines["raw spectrum 1-NN"] = (KNeighborsClassifier(1), spectrum, spectrum_test)
     machines[f"PCA-{COMPONENTS} SVM"] = (SVC(C=100.0), pca.transform(spectrum), pca.transform(spectrum_test))

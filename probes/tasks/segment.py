@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from swath.shards.errors import InputError
 _MEASURES = {"miou": mean_overlap, "accuracy": accuracy, "mean_recall": mean_recall}
 
 
+Head = Literal["linear", "upernet"]
+
+
 @dataclass(frozen=True)
 class Options:
-    head: str = field(default="linear", metadata={"help": "linear, or upernet on maps of several levels (linear)"})
+    head: Head = field(default="linear", metadata={"help": "linear, or upernet on maps of several levels (linear)"})
     labels: str = field(default="landcover", metadata={"help": "name of the label map (landcover)"})
     steps: int = field(default=1000, metadata={"help": "steps that a head is trained for, of 16 chips (1000)"})
     scratch_steps: int = field(default=1000, metadata={"help": "steps from random weights; 0 leaves that row out (1000)"})
@@ -33,7 +37,7 @@ def run(bench: Bench, options: Options) -> Result:
 
     Pixels of the map without a named class are ignored. Raises InputError where shards have no such map.
     """
-    if options.head not in ("linear", "upernet"):
+    if options.head not in get_args(Head):
         raise InputError(f"--head {options.head!r} is neither linear nor upernet")
     if options.steps < 1 or options.scratch_steps < 0:
         raise InputError("--steps must be at least 1, and --scratch-steps at least 0")
@@ -61,7 +65,8 @@ def run(bench: Bench, options: Options) -> Result:
             inputs, lambda: build(untrained(loaded, bench.seed)), widths, options.head, len(names), options.scratch_steps
         )
     truth, block = tiles["test"].target.numpy(), tiles["test"].block
-    rows, chosen, details, pictures = [], {}, {"classes": list(names)}, {}
+    rows, chosen, pictures = [], {}, {}
+    details: dict[str, Any] = {"classes": list(names)}
     for name, model in models.items():
         made = fitted(model, tiles, judge, bench.seed)
         counts = confusions(truth, made.test, len(names))

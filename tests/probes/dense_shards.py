@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from swath.shards.sources.match import Dates
 from swath.shards.sources.source import Options
 
 PARTS = {"train": (0, 1), "val": (2,), "test": (3,)}
-TINY = {"patch": 8, "width": 24, "depth": 2, "heads": 3}
+TINY: dict[str, Any] = {"patch": 8, "width": 24, "depth": 2, "heads": 3}
 
 
 def scenes(folder: Path, out: Path, *, pairs: bool = False) -> Path:
@@ -51,10 +52,10 @@ def hyperspectral(folder: Path, out: Path, chip: int = 128, *, size: tuple[int, 
     return out
 
 
-def backbone(reader: ShardReader, size: int, *, name: str = "vit_tiny_patch8", seed: int = 0, **options: object) -> Loaded:
+def backbone(reader: ShardReader, size: int, *, name: str = "vit_tiny_patch8", **options: Any) -> Loaded:
     """For one date of what `reader` has."""
     contract = next(iter(reader.contracts.values())).model_copy(update={"dates": 1})
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     made = create(name, bands=len(contract.bands), image_size=size, **options).eval()
     return Loaded(made, {contract.modality: contract}, (size, size), name, dataclasses.asdict(made.config), {})
 
