@@ -24,6 +24,10 @@ class Plain(nn.Module):
     is what images are resized to; by default they are taken as they are. `num_features` is the width of what comes out.
     """
 
+    mean: Tensor
+    std: Tensor
+    nanometres: Tensor
+
     def __init__(
         self,
         backbone: Path | str,
@@ -62,7 +66,7 @@ class Plain(nn.Module):
 
     def features(self, images_bchw: Tensor) -> Any:
         """What the backbone makes of them, maps too."""
-        return self.backbone(self.prepared(images_bchw), Context(wavelength_nm=self.nanometres))  # type: ignore[arg-type]
+        return self.backbone(self.prepared(images_bchw), Context(wavelength_nm=self.nanometres))
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         """(B, num_features)."""
@@ -76,7 +80,7 @@ class Maps(Plain):
         super().__init__(*args, **options)
         side = self.size or getattr(self.backbone.config, "image_size", 224)
         with torch.inference_mode():
-            found = self(torch.zeros(1, len(self.mean), side, side))  # type: ignore[arg-type]
+            found = self(torch.zeros(1, len(self.mean), side, side))
         if not found:
             raise InputError("this backbone has no maps; TerraTorch's decoders need them")
         self.out_channels = [one.shape[1] for one in found]

@@ -1,5 +1,6 @@
 """What probes on frozen pooled features share: the rows that a backbone is compared with, and the table of preprocessing."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,10 +79,10 @@ def sources(
         yield "backbone, told place and time", of(replace(bench, context=True))
     yield "random initialisation", of(bench, fresh(bench.loaded, bench.seed))
     contract = require_contract(bench.loaded, bench.readers["train"])
-    yield (
-        "statistics",
-        parts_of(bench, lambda part: colour_statistics(bench.readers[part], contract, numbers[part]), classes=classes),
-    )
+    started = time.perf_counter()
+    statistics = parts_of(bench, lambda part: colour_statistics(bench.readers[part], contract, numbers[part]), classes=classes)
+    bench.seconds["features"] += time.perf_counter() - started
+    yield "statistics", statistics
     if options.context:
         yield (
             "place only",

@@ -47,7 +47,8 @@ def test_a_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began.clear()
     more = probe("finetune", run, train, test, cache=tmp_path / "cache", **PLAIN | {"seeds": 3, "from_scratch": False})
     assert began == [2] and len(more["rows"]) == 3  # the first two seeds were done
-    for wrong in ({"seeds": 0}, {"lr": ()}, {"epochs": 0}, {"ema": 1.0}, {"drop_path": -0.1}):
+    refused: list[dict[str, Any]] = [{"seeds": 0}, {"lr": ()}, {"epochs": 0}, {"ema": 1.0}, {"drop_path": -0.1}]
+    for wrong in refused:
         with pytest.raises(InputError, match="--"):
             probe("finetune", run, train, test, cache=False, **PLAIN | wrong)
 

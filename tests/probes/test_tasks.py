@@ -138,7 +138,7 @@ def test_probes_share_their_features(run: Path, ask: Probe, tmp_path: Path) -> N
     folders = (tmp_path / "train", tmp_path / "test")
     one, two = probes(["knn", "retrieve"], run, *folders, cache=False, progress=False, temperature=1.0)
     assert one["settings"]["temperature"] == 1.0 and "temperature" not in two["settings"]
-    assert two["seconds"]["features"] == 0
+    assert two["seconds"]["features"] < one["seconds"]["features"]
     with pytest.raises(InputError, match=r"has no option 'temprature' \(did you mean temperature\?\)"):
         probes(["knn"], run, *folders, temprature=1.0)
     with pytest.raises(InputError, match=r"no probe is called 'knnn' \(did you mean knn\?\); there are"):
