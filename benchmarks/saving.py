@@ -108,20 +108,18 @@ def measure_overhead(recipe: Recipe, steps: int) -> dict[str, Any]:
             raise Enough
         return one_step(batches)
 
-    record = Record(recipe.run.dir, 0, trainer.total)
     with (
+        Record(recipe.run.dir, 0, trainer.total) as record,
         patch.object(trainer, "_one_step", marked),
         patch.object(trainer.strategy, "forward", clocked("forward", trainer.strategy.forward)),
         patch.object(torch.Tensor, "backward", clocked("backward", torch.Tensor.backward)),
-        patch.object(trainer.optimizer, "step", clocked("optimiser", trainer.optimizer.step)),
-        patch.object(trainer.optimizer, "zero_grad", clocked("optimiser", trainer.optimizer.zero_grad)),
+        patch.object(trainer.strategy, "update", clocked("optimiser", trainer.strategy.update)),
     ):
         try:
             with trainer.watch, trainer.saver:
                 trainer._steps(record)
         except Enough:
             pass
-    record.close()
     trainer.data.close()
     rows = [{part: b[part] - a[part] for part in a} for a, b in pairwise(marks[1:])]
     shares = [1 - (row["forward"] + row["backward"] + row["optimiser"]) / row["step"] for row in rows]

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def _run(
     **options: Any,
 ) -> list[dict[str, Any]]:
     chosen = _configured([task_called(name) for name in tasks], options)
-    bench = _bench(backbone, {"train": train, "test": test} | ({"val": val} if val is not None else {}), size)
+    bench = _bench([task for task, _ in chosen], backbone, {"train": train, "test": test, "val": val}, size)
     bench.seed, bench.progress, bench.cache = seed, progress, _cache(cache)
     bench.precision = resolve(precision, next(bench.loaded.backbone.parameters()).device)
     seen = transductive(bench.loaded, bench.readers["test"], pretrained_on)
@@ -113,13 +114,13 @@ def _configured(tasks: list[Task], options: dict[str, Any]) -> list[tuple[Task, 
         raise InputError(str(error)) from None
 
 
-def _bench(backbone: Path | str, folders: dict[str, Path | str], size: int | None) -> Bench:
+def _bench(tasks: list[Task], backbone: Path | str, folders: dict[str, Path | str | None], size: int | None) -> Bench:
     """All that can be refused is, before the first long computation."""
     loaded = load_backbone(backbone)
     loaded.backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    readers = {part: ShardReader(folder) for part, folder in folders.items()}
-    for reader in readers.values():
-        require_contract(loaded, reader)
+    readers = {part: ShardReader(folder) for part, folder in folders.items() if folder is not None}
+    for task, reader in product(tasks, readers.values()):
+        (task.require or require_contract)(loaded, reader)
     if size is not None:
         loaded.size = (size, size)
         try:
@@ -132,7 +133,7 @@ def _bench(backbone: Path | str, folders: dict[str, Path | str], size: int | Non
 def _told(task: Task, values: Any, bench: Bench, result: Result, seen: tuple[bool | None, str]) -> dict[str, Any]:
     """The JSON: rows and details, and every setting."""
     loaded, readers = bench.loaded, bench.readers
-    contract = require_contract(loaded, readers["train"])
+    contract = (task.require or require_contract)(loaded, readers["train"])
     device = next(loaded.backbone.parameters()).device.type
     for row in result.rows:
         row.transductive = seen[0] if row.name.startswith(TOUCHED) else False

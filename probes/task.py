@@ -16,6 +16,7 @@ from PIL.Image import Image
 from swath.backbones.base import nearest
 from swath.hub.load import Loaded
 from swath.pretrain.precision import Precision
+from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
 
@@ -60,24 +61,32 @@ class Result:
     pictures: dict[str, Image] = field(default_factory=dict)
 
 
+Require = Callable[[Loaded, ShardReader], InputContract]
+
+
 @dataclass(frozen=True)
 class Task:
-    """`options` is a dataclass with defaults; each field's metadata has "help", and becomes a flag of `swath probe NAME`."""
+    """`options` is a dataclass with defaults; each field's metadata has "help", and becomes a flag of `swath probe NAME`.
+    `require` is what to compare a reader's data with the backbone by, where these are not to be of its own contract: it raises
+    InputError, and returns the backbone's contract of them."""
 
     name: str
     run: Callable[[Bench, Any], Result]
     options: type
     help: str
+    require: Require | None = None
 
 
 _tasks: dict[str, Task] = {}
 
 
-def task(name: str, options: type, help: str) -> Callable[[Callable[[Bench, Any], Result]], Callable[[Bench, Any], Result]]:
+def task(
+    name: str, options: type, help: str, require: Require | None = None
+) -> Callable[[Callable[[Bench, Any], Result]], Callable[[Bench, Any], Result]]:
     """Decorator of a function (bench, options) → Result."""
 
     def add(run: Callable[[Bench, Any], Result]) -> Callable[[Bench, Any], Result]:
-        _tasks[name] = Task(name, run, options, help)
+        _tasks[name] = Task(name, run, options, help, require)
         return run
 
     return add

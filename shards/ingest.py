@@ -317,11 +317,11 @@ def contract_with(contract: InputContract, statistics: Statistics, sizes: set[tu
     A band without a valid pixel has 0 everywhere in its normalisation, and says so by its `pixels`.
     """
     some = statistics.count > 0
-    rows = {
-        name: tuple(float(x) for x in np.where(some, getattr(statistics, name), 0.0))
-        for name in ("mean", "std", "minimum", "maximum")
-    }
-    normalisation = Normalisation(pixels=tuple(int(n) for n in statistics.count), **rows)
+    mean, std, minimum, maximum = (
+        tuple(float(x) for x in np.where(some, getattr(statistics, name), 0.0)) for name in ("mean", "std", "minimum", "maximum")
+    )
+    pixels = tuple(int(n) for n in statistics.count)
+    normalisation = Normalisation(pixels=pixels, mean=mean, std=std, minimum=minimum, maximum=maximum)
     height, width = next(iter(sizes)) if len(sizes) == 1 else (None, None)
     return contract.model_copy(update={"normalisation": normalisation, "height": height, "width": width})
 

@@ -27,8 +27,8 @@ class Options:
     scratch_steps: int = field(default=1000, metadata={"help": "steps from random weights; 0 leaves that row out (1000)"})
 
 
-def require_pairs(loaded: Loaded, reader: ShardReader) -> None:
-    """InputError unless `reader` has series of two dates of what the backbone takes one date of."""
+def require_pairs(loaded: Loaded, reader: ShardReader) -> InputContract:
+    """The backbone's contract. InputError unless `reader` has series of two dates of what the backbone takes one date of."""
     ours = contract_of(loaded, reader)
     theirs = reader.contracts[ours.modality]
     if ours.dates != 1 or theirs.dates != 2:
@@ -40,9 +40,10 @@ def require_pairs(loaded: Loaded, reader: ShardReader) -> None:
         theirs.model_copy(update={"dates": 1}), ours=f"backbone {loaded.name}", theirs=f"data set {reader.manifest.dataset}",
         remedy="make shards with these bands (`swath shard`), or pretrain on these (`swath pretrain`)",
     )  # fmt: skip
+    return ours
 
 
-@task("change", Options, "what changed between two dates: F1 of a linear head on how far frozen maps differ")
+@task("change", Options, "what changed between two dates: F1 of a linear head on how far frozen maps differ", require_pairs)
 def run(bench: Bench, options: Options) -> Result:
     """Rows are the backbone, its random initialisation, change vector analysis of the bands, and training from scratch.
 

@@ -23,7 +23,7 @@ def test_measures_are_those_of_scikit_learn(maps: tuple[np.ndarray, np.ndarray])
     y, z = truth[seen], predicted[seen]
     assert (total == metrics.confusion_matrix(y, z, labels=range(4))).all()
     assert (each[2] == metrics.confusion_matrix(truth[2][seen[2]], predicted[2][seen[2]], labels=range(4))).all()
-    assert overlaps(total) == pytest.approx(metrics.jaccard_score(y, z, average=None))
+    assert overlaps(total) == pytest.approx(metrics.jaccard_score(y, z, average=None))  # type: ignore[arg-type]
     assert mean_overlap(total) == pytest.approx(metrics.jaccard_score(y, z, average="macro"))
     assert accuracy(total) == pytest.approx(metrics.accuracy_score(y, z))
     assert mean_recall(total) == pytest.approx(metrics.balanced_accuracy_score(y, z))

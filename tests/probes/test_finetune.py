@@ -49,8 +49,9 @@ def test_a_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert began == [2] and len(more["rows"]) == 3  # the first two seeds were done
     refused: list[dict[str, Any]] = [{"seeds": 0}, {"lr": ()}, {"epochs": 0}, {"ema": 1.0}, {"drop_path": -0.1}]
     for wrong in refused:
+        options: dict[str, Any] = PLAIN | wrong
         with pytest.raises(InputError, match="--"):
-            probe("finetune", run, train, test, cache=False, **PLAIN | wrong)
+            probe("finetune", run, train, test, cache=False, **options)
 
 
 def test_the_learning_rate_is_chosen_without_test(tmp_path: Path) -> None:
