@@ -46,8 +46,6 @@ class Plain(nn.Module):
             if wrong:
                 wanted = ", ".join(contract.names)
                 raise InputError(f"backbone {loaded.name} takes {wanted}, in this order; these are {', '.join(bands)}")
-        self.mean: Tensor
-        self.std: Tensor
         self.backbone = loaded.backbone.requires_grad_(False)
         self.size, self.scale, self.add = size, scale, add
         self.num_features = loaded.backbone.pooled_width

@@ -15,6 +15,7 @@ from swath.probes.dense import Fitted, Judge, Model, fitted, from_scratch, froze
 from swath.probes.maps import Tiles, contract_of, encoder, extract_maps, held, inputs_of, label_map, read_tiles, untrained
 from swath.probes.overlays import overlays
 from swath.probes.task import Bench, Result, Row, task
+from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
 
