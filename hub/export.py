@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from swath.backbones.base import Features
+from swath.backbones.base import Context, Features
 from swath.hub.card import card, without_paths
 from swath.hub.code import AUTO, exported_code
 from swath.hub.curves import draw
@@ -188,11 +188,13 @@ def _expected(loaded: Loaded) -> tuple[Features, dict[str, torch.Tensor]]:
     one = torch.ones(2, dtype=torch.float64)
     stored = Stored(raw, None, size, scale=one, add=0 * one)
     chips = Chips({contract.modality: stored}, id=count, visit=0 * count, label=0 * count)
-    pixel_values = prepare(chips, {contract.modality: contract}, loaded.size).images[contract.modality]
+    prepared = prepare(chips, {contract.modality: contract}, loaded.size)
+    pixel_values = prepared.images[contract.modality]
     device = next(loaded.backbone.parameters()).device
     # the folder carries the reference operators
     with torch.inference_mode(), use(**_reference()):
-        features = loaded.backbone(pixel_values.to(device))
+        ctx = Context(wavelength_nm=prepared.wavelength_nm[contract.modality].to(device))
+        features = loaded.backbone(pixel_values.to(device), ctx)
     last = torch.cat([features.prefix, features.tokens], dim=1)
     made = {"raw": raw, "pixel_values": pixel_values, "last_hidden_state": last, "pooler_output": features.pooled}
     made |= {f"map_{stride}": level for stride, level in features.maps.items()}

@@ -1,5 +1,6 @@
 """A backbone that swath exported, as transformers models. The backbone's own code lies beside this file, unchanged."""
 
+import math
 from typing import Any
 
 import torch
@@ -34,12 +35,15 @@ class SwathModel(PreTrainedModel):
     ) -> tuple[Features, tuple[Tensor, ...] | None]:
         """The backbone's features, and its hidden states where they are asked for.
 
-        `context` says what is known besides the pixels, if the backbone was trained with it: wavelength_nm (C,), and per image
-        gsd_m, lat, lon (degrees) and time (seconds since 1970, UTC), each (B,).
+        `context` says what is known besides the pixels, if the backbone was trained with it: wavelength_nm (C,), by default those
+        of the input contract, and per image gsd_m, lat, lon (degrees) and time (seconds since 1970, UTC), each (B,).
         """
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         taps = range(-1, self.backbone.depth) if asked else ()
-        tokens = self.backbone.tokenize(pixel_values.to(self.dtype), Context(**context) if context else None)
+        bands = self.config.input_contract.get("bands", [])
+        nanometres = [math.nan if band["wavelength_nm"] is None else band["wavelength_nm"] for band in bands]
+        given = {"wavelength_nm": torch.tensor(nanometres, dtype=torch.float64, device=pixel_values.device)} if bands else {}
+        tokens = self.backbone.tokenize(pixel_values.to(self.dtype), Context(**given | (context or {})))
         features = self.backbone.encode(tokens, taps=taps)
         return features, tuple(features.taps[number] for number in taps) if asked else None
 
