@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from swath.backbones.base import create
 from swath.hub.load import Loaded
 from swath.probes import pictures
 from swath.probes.features import Features, features, match_classes, require_classes, require_contract
+from swath.probes.maps import untrained
 from swath.probes.metrics import Scores
 from swath.probes.statistics import colour_statistics, places
 from swath.probes.task import Bench, Result, Row
@@ -49,9 +48,7 @@ class Judged:
 
 def fresh(loaded: Loaded, seed: int) -> Loaded:
     """The same backbone with random weights, in eval mode, on the same device."""
-    torch.manual_seed(seed)
-    backbone = create(loaded.name, **loaded.options).to(next(loaded.backbone.parameters()).device).eval()
-    return replace(loaded, backbone=backbone)
+    return replace(loaded, backbone=untrained(loaded, seed))
 
 
 def parts_of(bench: Bench, make: Callable[[str], Features], *, classes: bool) -> Parts:

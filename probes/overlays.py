@@ -1,10 +1,10 @@
-"""Pictures of dense probes: samples beside their labels and what was predicted, and confusion matrices."""
+"""Pictures of dense probes: samples beside their labels and what was predicted."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from swath.pretrain.pictures import display_bands
 from swath.probes.confusion import IGNORE
@@ -61,20 +61,3 @@ def coloured(numbers_hw: np.ndarray) -> np.ndarray:
 def grey(shares_hw: np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8 of numbers between 0 and 1."""
     return (np.clip(shares_hw, 0, 1) * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
-
-
-def matrix(counts_kk: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """A confusion matrix: each row is a true class, its shares of the predicted ones in percent, the names at the left."""
-    cell, left = 34, 12 + 7 * max(len(name) for name in names)
-    share = counts_kk / np.maximum(counts_kk.sum(axis=1, keepdims=True), 1)
-    picture = Image.new("RGB", (left + cell * len(names), cell * len(names)), "white")
-    draw = ImageDraw.Draw(picture)
-    for row, name in enumerate(names):
-        draw.text((4, row * cell + cell // 3), name, fill="black")
-        for column in range(len(names)):
-            value = float(share[row, column])
-            shade = tuple(int(255 * c) for c in colormaps["Blues"](value)[:3])
-            draw.rectangle((left + column * cell, row * cell, left + (column + 1) * cell - 1, (row + 1) * cell - 1), fill=shade)
-            text = f"{100 * value:.0f}"
-            draw.text((left + column * cell + 8, row * cell + cell // 3), text, fill="white" if value > 0.5 else "black")
-    return picture

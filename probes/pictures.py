@@ -1,6 +1,7 @@
 """What a person wants to see of a probe: its confusions, what the backbone finds alike, what its patches are sorted by."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ def of(bench: Bench, parts: dict[str, Features], details: dict[str, Any]) -> dic
     return made
 
 
-def confusion(counts_cc: np.ndarray, classes: list[str]) -> Image.Image:
+def confusion(counts_cc: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """Shares of each true class, by row, with the counts written in."""
     import matplotlib
 

@@ -21,7 +21,8 @@ from swath.probes.confusion import IGNORE, accuracy, kappa, mean_recall
 from swath.probes.heads import FromScratch, LinearHead, fit, seeded
 from swath.probes.maps import contract_of, untrained
 from swath.probes.metrics import interval
-from swath.probes.overlays import coloured, matrix, picture
+from swath.probes.overlays import coloured, picture
+from swath.probes.pictures import confusion
 from swath.probes.scene import TRAIN, Scene, Split, features, patch_statistics, patches, pooled, read_scene, splits
 from swath.probes.task import Bench, Result, Row, task
 from swath.shards.draw import hashes
@@ -84,8 +85,8 @@ def run(bench: Bench, options: Options) -> Result:
     shown = np.full(target.labels.shape, IGNORE, np.uint8)
     for number, one in enumerate(rounds, options.first):
         for name, count, draw, predicted in _predicted(bench, options, counts, train, test, one, number):
-            confusion = _confusion(test.label[one.test], predicted, len(source.classes))
-            totals.setdefault(name, {}).setdefault(count, []).append(confusion)
+            counted = _confusion(test.label[one.test], predicted, len(source.classes))
+            totals.setdefault(name, {}).setdefault(count, []).append(counted)
             if name == "backbone" and count == counts[0] and draw == 0 and number == options.first:
                 shown[test.rows[one.test], test.columns[one.test]] = predicted
     values = {
@@ -122,7 +123,7 @@ def run(bench: Bench, options: Options) -> Result:
         "split_pixels": [[len(one.train), len(one.test)] for one in rounds],
         "by_split": {name: {metric: found[metric].tolist() for metric in found} for name, found in values.items()},
     }  # fmt: skip
-    pictures = {"confusion": matrix(total, source.classes), "map": picture([[coloured(truth), coloured(shown)]])}
+    pictures = {"confusion": confusion(total, source.classes), "map": picture([[coloured(truth), coloured(shown)]])}
     return Result(rows, settings, details, pictures)
 
 

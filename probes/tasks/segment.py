@@ -13,7 +13,8 @@ from swath.backbones.base import Backbone
 from swath.probes.confusion import IGNORE, accuracy, confusions, interval, mean_overlap, mean_recall, overlaps
 from swath.probes.dense import Judge, Model, fitted, from_scratch, frozen
 from swath.probes.maps import class_names, contract_of, encoder, extract_maps, inputs_of, read_tiles, untrained
-from swath.probes.overlays import matrix, overlays
+from swath.probes.overlays import overlays
+from swath.probes.pictures import confusion
 from swath.probes.task import Bench, Result, Row, task
 from swath.shards.errors import InputError
 
@@ -77,7 +78,7 @@ def run(bench: Bench, options: Options) -> Result:
         found = [None if np.isnan(x) else float(x) for x in overlaps(total)]
         details[name] = {"iou": dict(zip(names, found, strict=True)), "confusion": total.tolist()}
         if name == "backbone":
-            pictures["confusion"] = matrix(total, names)
+            pictures["confusion"] = confusion(total, names)
             pictures["overlays"] = overlays(contract, [tiles["test"].pixels[0].numpy()], [truth, made.test])
     settings = {
         "head": options.head, "labels": options.labels, "ignored": "0 and codes without a name", "rows": chosen,
