@@ -23,7 +23,7 @@ lint: venv
 	$(BIN)/python tests/tools_saw_files.py
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
