@@ -74,7 +74,9 @@ def prepare(
             valid[name] = valid_bthw
             seen_b |= valid_bthw.flatten(1).any(dim=1)
     nanometres = {
-        name: torch.tensor([math.nan if band.wavelength_nm is None else band.wavelength_nm for band in contract.bands]).double()
+        name: torch.tensor(
+            [math.nan if band.wavelength_nm is None else band.wavelength_nm for band in contract.bands], dtype=torch.float64
+        )
         for name, contract in contracts.items()
     }
     return Batch(

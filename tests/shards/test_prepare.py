@@ -263,3 +263,11 @@ def test_crops_lie_in_the_chip_and_follow_the_sample():
 def test_other_bands_are_refused():
     with pytest.raises(InputError, match="chips have 1 bands, the contract 2"):
         prepare(chips(noise()[:, :1]), contract(), (8, 8))
+
+
+def test_wavelengths_are_those_of_the_contract_to_the_last_bit():
+    """An export reads them from JSON: one that were rounded to single precision here would give other features there."""
+    (ours,) = contract().values()
+    ours = ours.model_copy(update={"bands": (ours.bands[0].model_copy(update={"wavelength_nm": 442.7}), *ours.bands[1:])})
+    made = prepare(chips(noise()), {ours.modality: ours}, (SIDE, SIDE)).wavelength_nm[ours.modality]
+    assert made.dtype == torch.float64 and made[0].item() == 442.7 and made[1:].isnan().all()
