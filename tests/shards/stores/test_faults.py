@@ -59,7 +59,12 @@ def opened(server: FaultServer, tmp_path: Path) -> Opened:
     return Opened(server.place, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("fault", [500, 502, 503, 429, 408, cut, hang, drip, flip], ids=str)
+def named(fault: object) -> str:
+    """The same in every process that collects the tests."""
+    return getattr(fault, "__name__", str(fault))
+
+
+@pytest.mark.parametrize("fault", [500, 502, 503, 429, 408, cut, hang, drip, flip], ids=named)
 @pytest.mark.parametrize("times", [1, 3])
 def test_survived(server: FaultServer, shards: list[Shard], opened: Opened, fault, times: int):
     server.faults["s0.tar"] = [fault] * times
@@ -83,7 +88,7 @@ def opened_s3(server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return opened
 
 
-@pytest.mark.parametrize("fault", [500, 503, cut, hang, drip, flip], ids=str)
+@pytest.mark.parametrize("fault", [500, 503, cut, hang, drip, flip], ids=named)
 def test_survived_on_s3(server: FaultServer, shards: list[Shard], opened_s3: Opened, fault):
     server.faults["s0.tar"] = [fault] * 2
     assert opened_s3.store.shard(shards[0]) == (server.folder / "s0.tar").read_bytes()
