@@ -60,7 +60,7 @@ def card(loaded: Loaded, origin: dict[str, Any]) -> str:
 
 # {loaded.name} for {imagery}
 
-An Earth-observation backbone, pretrained with swath{objective}: {parameters / 1e6:,.1f} M parameters, features of width
+An Earth-observation backbone, {_from(origin)}{objective}: {parameters / 1e6:,.1f} M parameters, features of width
 {loaded.backbone.pooled_width}, trained at {height} × {width} pixels.
 
 ## Data and licences
@@ -214,6 +214,14 @@ def _adapted(origin: dict[str, Any]) -> str:
         return ""
     listed = "\n".join(f"- {line}" for line in lines)
     return f"\n## Adapted\n\nAfter training, by `swath adapt`, without training anything:\n\n{listed}\n"
+
+
+def _from(origin: dict[str, Any]) -> str:
+    """Who trained it, as far as is known."""
+    if (told := origin.get("imported")) is None:
+        return "pretrained with swath"
+    licence = f" (code under {told['code_licence']})" if told.get("code_licence") else ""
+    return f"imported from published {told['kind']} weights{licence}, `{told['file']}`"
 
 
 def _bands(loaded: Loaded) -> str:

@@ -141,6 +141,7 @@ def test_imports_export_again(folder: Path, tmp_path: Path) -> None:
     ours = made.loaded.backbone.state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in again.backbone.state_dict().items())
     assert not any(word in (place / "config.json").read_text() for word in ("/somewhere", str(tmp_path)))
+    assert "imported from published" in (place / "README.md").read_text()
 
 
 # --- reading ---
