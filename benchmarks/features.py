@@ -4,7 +4,8 @@
 
 The plain loop is what one would write: PIL decodes, numpy scales, the same backbone in fp32, one batch after the other. It and
 `swath.probes.features.extract`, in fp32 and at the machine's default precision, take the same images in turns, in one run, with
-equal threads and batches; the median over turns of the ratio within a turn counts. Then all samples are taken once, and kNN is timed on them.
+equal threads and batches; the median over turns of the ratio within a turn counts. Then all samples are taken once, and kNN is
+timed on them.
 """
 
 import argparse
