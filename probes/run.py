@@ -209,7 +209,7 @@ def table(result: dict[str, Any]) -> str:
             lines += [f"{count:,} samples of test are in {part} too: these figures say little"]
     if "preprocessing" in result:
         lines += ["", *_preprocessing(result["preprocessing"])]
-    if "recall" in result:
+    if isinstance(result.get("recall"), dict):  # by class; where one class matters it is a metric
         wide = max(len(name) for name in result["recall"])
         lines += ["", "recall", *(f"  {name:<{wide}}  {_share(share)}" for name, share in result["recall"].items())]
     return "\n".join(lines)
