@@ -1,11 +1,11 @@
 """What a published checkpoint is of: sizes from the shapes of its tensors, the rest from its script's arguments or the user.
 
-One function for each kind; `KINDS` names them. Letters: d width, p patch.
+One function for each kind of `kinds.KINDS`. Letters: d width, p patch.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swath.backbones import group_vit, less, mamba, rsmamba, spectral_vit, temporal_vit, vim, vit, vmamba
 from swath.backbones.base import sincos_grid
-from swath.pretrain.objectives import hyper_mae, mae, roma, satmae, satmae_pp, selective_mae, spectralgpt
+from swath.pretrain.objectives import selective_mae
 from swath.shards.errors import InputError
 
 # Heads cannot be told from weights; these are the published ones of an encoder's and a decoder's width.
@@ -408,104 +408,3 @@ def of_rsmamba(source: Source) -> Architecture:
         "states": inner.shape("layers.0.A_log", 2)[1], "paths": paths, "merge": "mean" if gates is None else "gate",
     }  # fmt: skip
     return Architecture(rsmamba, options, "aerial", bands, left_out=("head.",))
-
-
-@dataclass(frozen=True)
-class Kind:
-    """`describe` says what a checkpoint is of. `licence` is that of the published code, as far as it has one."""
-
-    describe: Callable[[Source], Architecture]
-    title: str
-    licence: str | None = None
-
-
-KINDS: dict[str, Kind] = {
-    "mae": Kind(of_mae, "MAE (He et al. 2022), ImageNet", "CC-BY-NC-4.0"),
-    "selectivemae": Kind(of_selectivemae, "SelectiveMAE (Wang et al. 2024), aerial RGB"),
-    "satmae": Kind(of_satmae, "SatMAE (Cong et al. 2022): band groups, dates or RGB", "CC-BY-NC-4.0"),
-    "satmae_pp": Kind(of_satmae_pp, "SatMAE++ (Noman et al. 2024): band groups or RGB", "Apache-2.0"),
-    "spectralgpt": Kind(of_spectralgpt, "SpectralGPT (Hong et al. 2024), 12 Sentinel-2 bands", "GPL-3.0"),
-    "roma": Kind(of_roma, "RoMA (Wang et al. 2025), aerial RGB: pretrained or fine-tuned"),
-    "arm": Kind(of_arm, "ARM (Ren et al. 2024), ImageNet"),
-    "vim": Kind(of_vim, "Vision Mamba (Zhu et al. 2024), ImageNet"),
-    "vmamba": Kind(of_vmamba, "VMamba (Liu et al. 2024), ImageNet"),
-    "rsmamba": Kind(of_rsmamba, "RSMamba (Chen et al. 2024), aerial RGB"),
-    "less": Kind(of_less, "LESS ViT and its hyperspectral MAE (Si et al. 2025)"),
-}
-
-
-def kind_of(name: str) -> Kind:
-    """By its name, in whatever spelling of case, hyphen and plus. InputError lists those that there are."""
-    plain = name.lower().replace("++", "_pp").replace("+", "_p").replace("-", "_")
-    found = KINDS.get(plain) or KINDS.get(plain.replace("_", "")) or KINDS.get(plain.removesuffix("pp").rstrip("_") + "_pp")
-    if found is None:
-        raise InputError(f"no published kind is called {name!r}; there are {', '.join(KINDS)}")
-    return found
-
-
-_LOAD: dict[str, Callable[[Any, Any, dict[str, Tensor]], None]] = {
-    "mae": mae.load_published,
-    "selective_mae": selective_mae.load_published,
-    "satmae": lambda objective, config, state: satmae.load_published(objective, state),
-    "satmae_pp": lambda objective, config, state: satmae_pp.load_published(objective, state),
-    "spectralgpt": spectralgpt.load_published,
-    "roma": roma.load_published,
-    "arm": roma.load_published,
-    "hyper_mae": hyper_mae.load_published,
-}
-
-
-def load(objective: Any, name: str, config: Any, state: dict[str, Tensor]) -> None:
-    """Fill an objective, named `name`, from a published checkpoint. ValueError or RuntimeError where it does not fit."""
-    _LOAD[name](objective, config, state)
-
-
-# What our parameters are called in published files, for those who look for them there.
-_MAE = (
-    (r"^decoder\.mask_token", "mask_token"), (r"^decoder\.", "decoder_"),
-    (r"^heads?(?:\.\w+)?\.linear\.0\.", "decoder_pred."),
-    (r"^pos_embed_spectral", "decoder_pos_embed_temporal"),
-    (r"^up\.\w+\.enter\.", "proj_up_conv."), (r"^up\.\w+\.norm\.", "proj_up_norm."),
-    (r"^up\.\w+\.blocks\.0\.", "up_block1."), (r"^up\.\w+\.blocks\.1\.", "up_block2."),
-    (r"^(up_block\d\.)emit\.", r"\1proj_out."), (r"^(up_block\d\.)conv", r"\1res_block.conv"),
-)  # fmt: skip
-_LAYERS = ((r"^(?:backbone\.)?blocks\.", "layers."), (r"^(?:backbone\.)?norm\.", "norm_f."))
-_NAMES: dict[Any, tuple[tuple[str, str], ...]] = {
-    group_vit: ((r"^heads?(?:\.\w+)?\.linear\.", "decoder_pred."), *_MAE),
-    less: (
-        (r"^backbone\.", "encoder."), (r"^heads\.(\w+)\.linear\.0\.", r"decoder.decoder_\1_pred."),
-        (r"^decoder\.(embed|blocks|norm)", r"decoder.decoder_\1"), (r"_embed\.proj\.(?=\D)", "_embed.proj.0."),
-        (r"_embed\.mix\.", "_embed.proj.2."),
-    ),
-    mamba: (
-        (r"^decoder\.query", "ar_token"), (r"^decoder\.keys", "enc2dec"), (r"^decoder\.norm\.", "ar_norm."),
-        *((rf"^decoder\.norms\.{n}\.", f"norm_{n + 1}.") for n in range(4)),
-        (r"^decoder\.blocks\.(\d+)\.(q|kv|proj)\.", r"dec_block.\1.attn2.\2."),
-        (r"^decoder\.blocks\.(\d+)\.norm\.", r"dec_block.\1.norm2."), (r"norm_query", "norm2_1"), (r"norm_key", "norm2_2"),
-        (r"^decoder\.blocks", "dec_block"), (r"^head\.linear\.0\.", "ar_pred."), *_LAYERS,
-    ),
-    vim: _LAYERS,
-    rsmamba: (
-        (r"^blocks\.(\d+)\.gate\.", r"gate_layers.\1.0."), (r"^blocks\.(\d+)\.mixer\.", r"layers.\1."),
-        (r"^patch_embed\.(?=weight)", "patch_embed.projection."),
-    ),
-    vmamba: tuple((f"^{re.escape(ours)}", theirs) for theirs, ours in vmamba.RENAMED.items()),
-}  # fmt: skip
-_SELECTIVE = (
-    (r"^decoder\.blocks\.(\d+)\.(q|kv|proj)\.", r"decoder_blocks.\1.cross_attn.\2."),
-    (r"^decoder\.blocks\.(\d+)\.norm\.", r"decoder_blocks.\1.norm2."), (r"norm_query", "norm1"), *_MAE,
-)  # fmt: skip
-
-
-def as_published(text: str, found: Architecture) -> str:
-    """`text` with names of our parameters as they are called in a published file, as near as names alone tell."""
-    selective = found.objective is not None and found.objective[0] == "selective_mae"
-    names = _SELECTIVE if selective else _NAMES.get(found.family, _MAE)
-
-    def called(name: re.Match[str]) -> str:
-        made = name[0]
-        for ours, theirs in names:
-            made = re.sub(ours, theirs, made)
-        return made.removeprefix("backbone.")
-
-    return re.sub(r"[A-Za-z_]\w*(?:\.\w+)*", called, text)

@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swath.backbones.base import registry
-from swath.hub.architecture import Architecture, Source, as_published, kind_of, load
+from swath.hub.architecture import Architecture, Source
 from swath.hub.contracts import agreed
 from swath.hub.export import contracts_of
+from swath.hub.kinds import kind_of, load
 from swath.hub.load import MODEL_TYPE, Loaded, load_backbone
+from swath.hub.naming import as_published
 from swath.hub.published import read_published
 from swath.pretrain import objective as objectives
 from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
@@ -88,7 +90,7 @@ def read(
     contracts: Mapping[str, InputContract] | None = None,
     prefix: str = "",
 ) -> Imported:
-    """A published checkpoint of `kind` (see `architecture.KINDS`), with the input contract that it was trained under.
+    """A published checkpoint of `kind` (see `kinds.KINDS`), with the input contract that it was trained under.
 
     Sizes come from the tensors. `options` says what they cannot tell, and the objective's with `objective.` before the name;
     they win over the script's arguments in the file. `bands` and `contracts`: see `contracts.agreed`; `prefix`: as for

@@ -26,9 +26,9 @@ def add(commands: Commands) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from swath.hub.architecture import KINDS
     from swath.hub.contracts import read_contracts
     from swath.hub.importing import import_published
+    from swath.hub.kinds import KINDS
 
     if args.list:
         print("\n".join(f"{name:14} {kind.title}" for name, kind in KINDS.items()))

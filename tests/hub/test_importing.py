@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swath.hub import importing
-from swath.hub.architecture import KINDS, kind_of
 from swath.hub.contracts import PUBLISHED, read_contracts
 from swath.hub.importing import import_published
+from swath.hub.kinds import KINDS, kind_of
 from swath.hub.load import load_backbone
 from swath.launch.cli import main
 from swath.shards.bands import InputContract, Normalisation
