@@ -1,18 +1,20 @@
-"""The curves of a training run as a picture for the model card."""
+"""The curves of a training run: small plots, and the picture of them for the model card."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Panel: TypeAlias = tuple[str, Sequence[tuple[Sequence[int], Sequence[Any], str]]]  # title, lines of (x, y, label)
 
 FILE = "assets/curves.png"
 
 
 def draw(training: dict[str, Any], folder: Path) -> None:
     """Write FILE into `folder`, from the "training" of `history`; the same numbers give the same bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves, looks = training["curves"], training["looks"]
     on = "held-out samples" if training["held_out"] else "fixed samples"
     panels = [
@@ -21,8 +23,22 @@ def draw(training: dict[str, Any], folder: Path) -> None:
         ("learning rate", [(curves["step"], curves["lr"], "")]),
         ("gradient norm", [(curves["step"], curves["grad_norm"], "")]),
     ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 5.2))
-    for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+    (folder / FILE).parent.mkdir(exist_ok=True)
+    with plotted(panels) as figure:
+        figure.savefig(folder / FILE, dpi=100, metadata={"Software": None})
+
+
+@contextmanager
+def plotted(panels: Sequence[Panel]) -> Iterator["Figure"]:
+    """Small line plots in two columns; a None in a line is a gap."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = (len(panels) + 1) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 2.6 * rows), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
         for x, y, label in lines:
             shown = [float("nan") if value is None else value for value in y]
             axis.plot(x, shown, label=label or None, linewidth=1.2, marker="." if len(x) < 30 else None)
@@ -33,6 +49,7 @@ def draw(training: dict[str, Any], folder: Path) -> None:
         if any(label and x for x, _, label in lines):
             axis.legend(fontsize=8)
     figure.tight_layout()
-    (folder / FILE).parent.mkdir(exist_ok=True)
-    figure.savefig(folder / FILE, dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
+    try:
+        yield figure
+    finally:
+        pyplot.close(figure)

@@ -6,10 +6,8 @@ only then renamed.
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from swath.hub.timm import timm_note, timm_weights
 from swath.kernels.dispatch import OPERATORS, use
 from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
 from swath.shards.errors import InputError
-from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
+from swath.shards.files import whole_folder, write_bytes, write_json
 from swath.shards.prepare import prepare
 from swath.shards.reader import Chips, Stored
 
@@ -43,7 +41,7 @@ def export(path: Path | str, to: Path | str, *, license: str | None = None, with
     rest of the objective beside it, so that others can continue pretraining (`load_objective`).
     """
     to = Path(to)
-    _require_free(to)
+    require_free(to)
     _require_transformers()
     stated = {} if license is None else {"license": identifier(license)}
     loaded = load_backbone(path)
@@ -53,27 +51,18 @@ def export(path: Path | str, to: Path | str, *, license: str | None = None, with
 
 def write_export(loaded: Loaded, to: Path, head: Head | None = None) -> Path:
     """Write, verify and rename. Raises InputError where `to` is taken, transformers is missing, or features differ."""
-    _require_free(to)
+    require_free(to)
     _require_transformers()
-    with disk_errors("writing an export", to.parent):
-        to.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".swath-export-", dir=to.parent))
-        try:
-            folder = scratch / "export"
-            folder.mkdir()
-            features, tensors = _expected(loaded)
-            save_file(tensors, scratch / "expected.safetensors")
-            _write_files(loaded, folder, features, head)
-            _verify(folder, scratch)
-            sync_folder(folder)
-            folder.rename(to)
-            sync_folder(to.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(to, "writing an export") as folder:
+        features, tensors = _expected(loaded)
+        save_file(tensors, folder.parent / "expected.safetensors")
+        _write_files(loaded, folder, features, head)
+        _verify(folder, folder.parent)
     return to
 
 
-def _require_free(to: Path) -> None:
+def require_free(to: Path) -> None:
+    """InputError unless `to` is new or empty."""
     if to.is_dir() and not any(to.iterdir()):
         return
     if to.exists() or to.is_symlink():

@@ -7,8 +7,6 @@ objective.safetensors where the checkpoint has its decoder; and recipe.yaml, whi
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from swath.backbones.base import registry
 from swath.hub.architecture import Architecture, Source
 from swath.hub.contracts import agreed
-from swath.hub.export import contracts_of
+from swath.hub.export import contracts_of, require_free
 from swath.hub.kinds import kind_of, load
 from swath.hub.load import MODEL_TYPE, Loaded, load_backbone
 from swath.hub.naming import as_published
@@ -32,7 +30,7 @@ from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
 from swath.pretrain.objective import Objective
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
-from swath.shards.files import disk_errors, sync_folder, write_bytes, write_json
+from swath.shards.files import whole_folder, write_bytes, write_json
 
 RECIPE = "recipe.yaml"
 _TASK = "objective."  # begins options of the objective
@@ -62,22 +60,11 @@ def import_published(
 ) -> Imported:
     """Write what `read` makes of a published checkpoint to the folder `to`, which must be new or empty, whole or not at all."""
     to = Path(to)
-    if to.is_symlink() or (to.exists() and not (to.is_dir() and not any(to.iterdir()))):
-        raise InputError(f"{to} exists and is not empty; choose another folder")
+    require_free(to)
     made = read(kind, path, options=options, bands=bands, contracts=contracts, prefix=prefix)
-    with disk_errors("writing an import", to.parent):
-        to.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".swath-import-", dir=to.parent))
-        try:
-            folder = scratch / "import"
-            folder.mkdir()
-            _write(made, folder)
-            load_backbone(folder)
-            sync_folder(folder)
-            folder.rename(to)
-            sync_folder(to.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(to, "writing an import") as folder:
+        _write(made, folder)
+        load_backbone(folder)
     return made
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swath.hub.curves import Panel, plotted
 from swath.pretrain.record import read_lines
 from swath.shards.files import write_bytes
 
@@ -98,7 +99,7 @@ def _curves(metrics: list[dict[str, Any]], health: list[dict[str, Any]]) -> str:
         return ""
     steps = [row["step"] for row in metrics]
     looks = [row["step"] for row in health]
-    panels = [
+    panels: list[Panel] = [
         ("loss", [(steps, [r["loss"] for r in metrics], "training"), (looks, [r["loss"] for r in health], "fixed samples")]),
         ("learning rate", [(steps, [row["lr"] for row in metrics], "")]),
         ("gradient norm", [(steps, [row["grad_norm"] for row in metrics], "")]),
@@ -109,28 +110,11 @@ def _curves(metrics: list[dict[str, Any]], health: list[dict[str, Any]]) -> str:
     return "<h2>Curves</h2>" + _plot(panels)
 
 
-def _plot(panels: list[tuple[str, list[tuple[list[int], list[Any], str]]]]) -> str:
-    """Two columns of small line plots, as an inline SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots((len(panels) + 1) // 2, 2, figsize=(10, 2.6 * ((len(panels) + 1) // 2)), squeeze=False)
-    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
-        for x, y, label in lines:
-            shown = [float("nan") if v is None else v for v in y]
-            axis.plot(x, shown, label=label or None, linewidth=1.2, marker="." if len(x) < 30 else None)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        if any(label for _, _, label in lines):
-            axis.legend(fontsize=8)
-    figure.tight_layout()
+def _plot(panels: list[Panel]) -> str:
+    """As an inline SVG."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
+    with plotted(panels) as figure:
+        figure.savefig(buffer, format="svg")
     return "<figure>" + buffer.getvalue()[buffer.getvalue().index("<svg") :] + "</figure>"
 
 

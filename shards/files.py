@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,3 +51,21 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO):
             raise InputError(f"{what} in {folder} failed ({error.strerror}: {error.filename})") from None
         raise
+
+
+@contextmanager
+def whole_folder(to: Path, what: str) -> Iterator[Path]:
+    """A folder to fill, which is `to` afterwards, or is gone where filling it failed. Its parent, gone in both cases, may hold
+    what belongs to the making only. `what` is being done, for messages about the disk."""
+    with disk_errors(what, to.parent):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".swath-partial-", dir=to.parent))
+        try:
+            folder = scratch / "whole"
+            folder.mkdir()
+            yield folder
+            sync_folder(folder)
+            folder.rename(to)
+            sync_folder(to.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
