@@ -222,7 +222,7 @@ def _component_problems(section: str, registry: base.Registry, options: dict[str
     shape: dict[str, Any] = {
         f.name: (hints[f.name], ... if f.default is MISSING and f.name not in GIVEN else None) for f in fields(entry.config)
     }
-    model = create_model(name, __config__=ConfigDict(extra="forbid"), **shape)
+    model = create_model(name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **shape)
     given = {k: v for k, v in {**entry.preset, **options}.items() if k != "name"}
     try:
         model.model_validate(given)

@@ -4,6 +4,8 @@ the encoder (Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoder
 Letters: b sample, n places of the grid, k seen, m masked, p prefix (class tokens), t = p + k + m, d width of the decoder.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +17,11 @@ from swath.pretrain.masking import Grid, Mask, visible
 
 class Decoder(nn.Module):
     """Encoder features → features of the masked places. The last block, and what follows, run on what is asked for only, which
-    changes no number and saves their arithmetic."""
+    changes no number and saves their arithmetic. ValueError for sizes that cannot be, as those of `name`."""
 
-    def __init__(self, inside: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, inside: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, *, name: str = "decoder") -> None:
         super().__init__()
+        check_sizes(name, width, depth, heads, mlp_ratio)
         self.width = width
         self.embed = Linear(inside, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -85,11 +88,24 @@ class CrossBlock(Recomputed):
         return x_bmd + self.mlp(self.norm(x_bmd))
 
 
-class Positions(nn.Module):
-    """Fixed positions of the raster, and a learned vector for each (date, group) of tokens where there are several."""
+def check_sizes(name: str, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
+    """ValueError, with the names of the options of `name`, unless there are blocks of these sizes."""
+    if width < 1 or heads < 1 or width % heads:
+        raise ValueError(f"{name}_width {width} must be divisible by {name}_heads {heads}, both at least 1")
+    if depth < 0:
+        raise ValueError(f"{name}_depth {depth} must be at least 0")
+    if not 1 <= width * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio {mlp_ratio} of {name}_width {width} must be at least 1 channel")
 
-    def __init__(self, width: int, grid: Grid) -> None:
+
+class Positions(nn.Module):
+    """Fixed positions of the raster, and a learned vector for each (date, group) of tokens where there are several. ValueError
+    for a width, that of `name`, which rows and columns cannot share."""
+
+    def __init__(self, width: int, grid: Grid, *, name: str = "decoder") -> None:
         super().__init__()
+        if width % 4:
+            raise ValueError(f"{name}_width {width} must be divisible by 4 for its positions")
         self.width = width
         if grid[:2] != (1, 1):
             self.group_embed = nn.Parameter(torch.zeros(grid[0] * grid[1], width))

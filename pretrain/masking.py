@@ -4,6 +4,7 @@ A sparse backbone is given the tokens that are kept; of any other one the pixels
 Letters: b sample, t date, n places of the grid, k kept, m masked.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,8 @@ class Mask:
 
 def kept(tokens: int, mask_ratio: float) -> int:
     """How many of `tokens` are encoded. The published code truncates tokens·(1 - ratio) in Python floats, and so do we."""
+    if not math.isfinite(mask_ratio):
+        raise ValueError(f"mask_ratio must be a number between 0 and 1, not {mask_ratio}")
     return int(tokens * (1 - mask_ratio))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from swath.backbones.base import Backbone, Context, ProductKeep, places
 from swath.backbones.less import Block, LESSConfig, from_published
 from swath.kernels.linear import Linear
-from swath.pretrain.decoder import raster_positions
+from swath.pretrain.decoder import check_sizes, raster_positions
 from swath.pretrain.masking import Grid, check_ratio, fill, kept, token_validity
 from swath.pretrain.objective import Draws, Objective, Outcome, context, register, seen_pixels
 from swath.pretrain.pixels import PixelHead
@@ -98,9 +98,11 @@ class LatticeDecoder(nn.Module):
     def __init__(self, inside: int, config: HyperMAEConfig) -> None:
         super().__init__()
         width, channel = config.decoder_width, config.decoder_channel_width * config.decoder_heads
-        if width % 4 or width % channel:
+        check_sizes("decoder", width, config.decoder_depth, config.decoder_heads, config.mlp_ratio)
+        if config.decoder_rank < 1 or channel < 1 or width % 4 or width % channel:
             raise ValueError(
-                f"decoder_width {width} must be divisible by 4 and by decoder_heads × decoder_channel_width, {channel}"
+                f"decoder_width {width} must be divisible by 4 and by decoder_heads × decoder_channel_width, {channel}, which "
+                f"must be at least 1, as decoder_rank {config.decoder_rank} must"
             )
         self.embed = Linear(inside, width)
         self.mask_token, self.spatial_mask_token, self.channel_mask_token = (

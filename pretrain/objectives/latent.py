@@ -61,8 +61,8 @@ class Latent(Objective):
         check_ratio(backbone, image_size, config.mask_ratio)
         width = config.predictor_width
         self.teacher = copy.deepcopy(backbone).requires_grad_(False).eval()
-        self.predictor = Decoder(backbone.width, width, config.predictor_depth, config.predictor_heads)
-        self.positions = Positions(width, units(backbone, *image_size))
+        self.predictor = Decoder(backbone.width, width, config.predictor_depth, config.predictor_heads, name="predictor")
+        self.positions = Positions(width, units(backbone, *image_size), name="predictor")
         self.head = Linear(width, backbone.width)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -19,6 +19,7 @@ from swath.backbones.base import Backbone, Context, Tokens, sincos_grid
 from swath.backbones.mamba import NOT_OURS, MambaConfig, from_published
 from swath.kernels.linear import Linear
 from swath.pretrain.clusters import ClusterDecoder, Clusters, clusters_of, tapped
+from swath.pretrain.decoder import check_sizes
 from swath.pretrain.masking import Grid, fill, token_validity
 from swath.pretrain.objective import Draws, Objective, Outcome, context, of_samples, register, seen_pixels
 from swath.pretrain.pixels import PixelHead
@@ -267,10 +268,12 @@ def _check(config: RoMAConfig) -> None:
         raise ValueError(
             f"windows and block are numbers of patches, 1 or more; not windows {config.windows}, block {config.block}"
         )
-    if config.decoder_width % config.decoder_heads or config.decoder_width % 4 or config.decoder_depth < 1:
+    if config.block_weight < 0:
+        raise ValueError(f"block_weight {config.block_weight} must be at least 0")
+    check_sizes("decoder", config.decoder_width, config.decoder_depth, config.decoder_heads, config.mlp_ratio)
+    if config.decoder_width % 4 or config.decoder_depth < 1:
         raise ValueError(
-            f"decoder_width {config.decoder_width} must be divisible by decoder_heads {config.decoder_heads} and by 4, and "
-            f"decoder_depth {config.decoder_depth} at least 1"
+            f"decoder_width {config.decoder_width} must be divisible by 4, and decoder_depth {config.decoder_depth} at least 1"
         )
 
 

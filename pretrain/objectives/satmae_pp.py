@@ -153,6 +153,8 @@ class SatMAEPP(Objective):
         self.config, self.backbone = config, backbone
         if config.blocks < 1:
             raise ValueError(f"blocks must be at least 1, not {config.blocks}: satmae and mae have none")
+        if config.pixel_weight < 0 or config.scale_weight < 0:
+            raise ValueError(f"pixel_weight {config.pixel_weight} and scale_weight {config.scale_weight} must be at least 0")
         self.scale = 2**config.blocks
         check_ratio(backbone, image_size, config.mask_ratio, config.spatial_mask)
         grid = backbone.grid(*image_size)

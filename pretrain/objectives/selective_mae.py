@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swath.backbones.base import Backbone, gather, sincos_grid
 from swath.backbones.vit import EPS, ViTConfig, check_table, from_published, init_weights
 from swath.kernels.hog import hog_descriptor, hog_energy
-from swath.pretrain.decoder import CrossBlock, Positions, at
+from swath.pretrain.decoder import CrossBlock, Positions, at, check_sizes
 from swath.pretrain.masking import Grid, kept, token_validity
 from swath.pretrain.objective import Draws, Objective, Outcome, context, of_samples, register, seen_pixels
 from swath.pretrain.objectives import mae
@@ -78,9 +78,12 @@ class SelectiveMAE(Objective):
     ) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
+        if not 0 <= config.predicted_ratio <= 1:
+            raise ValueError(f"predicted_ratio must be within 0 … 1, not {config.predicted_ratio}")
         if config.rounds < 1 or not 0 <= config.first_ratio <= 1:
             raise ValueError(f"rounds must be at least 1, first_ratio within 0 … 1, not {config.rounds} and {config.first_ratio}")
-        if list(config.stages) != sorted(config.stages) or not 0 <= config.stages[0] <= config.stages[-1] <= 1:
+        stages = list(config.stages)
+        if len(stages) != 4 or stages != sorted(stages) or not 0 <= stages[0] <= stages[-1] <= 1:
             raise ValueError(f"stages must be four ascending shares of the run, within 0 … 1, not {config.stages}")
         grid = backbone.grid(*image_size)
         self.counts(grid)
@@ -131,7 +134,8 @@ class SelectiveMAE(Objective):
                 f"mask_ratio {config.mask_ratio} and predicted_ratio {config.predicted_ratio} encode {encoded} and predict "
                 f"{predicted} of {tokens} tokens; each must be at least 1, both together at most {tokens}"
             )
-        return max(1, int(encoded * config.first_ratio)), encoded, predicted
+        # of the tokens, not of the encoded ones, which are rounded already; as the released code counts
+        return max(1, int(tokens * (1 - config.mask_ratio) * config.first_ratio)), encoded, predicted
 
     @torch.no_grad()
     def odds(self, images_bchw: Tensor, valid_bthw: Tensor | None, channels: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -214,8 +218,7 @@ class CrossDecoder(nn.Module):
 
     def __init__(self, inside: int, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        if width % heads or width % 4:
-            raise ValueError(f"decoder_width {width} must be divisible by decoder_heads {heads}, and by 4 for its positions")
+        check_sizes("decoder", width, depth, heads, mlp_ratio)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList([CrossBlock(inside, width, heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=EPS)

@@ -111,16 +111,20 @@ def test_the_angle_is_given_to_the_tokens_of_the_window(monkeypatch: pytest.Monk
     assert torch.equal(marked, expected.flatten(1) & context)
 
 
-def test_every_image_is_used_whatever_its_window() -> None:
+def test_every_image_is_used_whatever_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published: an image whose window is not of the largest side raises, and the next one is taken instead."""
-    objective = model(size=(128, 128), windows=(6, 4, 2), cluster=4)
-    flat, lone = torch.zeros(3, 128, 128), pictures(1, 128, 128)[0]
-    lone[:, :80, :80] = 0.0
-    lone[:, 32:40, 48:56] = torch.randn(3, 8, 8).sign() * 3
-    images = torch.stack([pictures(1, 128, 128)[0], lone, flat])
+    objective = model(size=(192, 192), windows=(6, 4, 2), cluster=4)
+    poor = (torch.arange(192.0)[:, None] / 4 + torch.arange(192.0) / 3).sin().repeat(3, 1, 1)
+    poor[:, :120, :120] = 0.0  # wider than any window, around rich patches: three a side, and one
+    some, one = poor.clone(), poor.clone()
+    some[:, 40:64, 40:64] = 3 * pictures(1, 24, 24)[0]
+    one[:, 48:56, 48:56] = 3 * pictures(1, 8, 8)[0]
+    images = torch.stack([pictures(1, 192, 192)[0], some, one, torch.zeros(3, 192, 192)])
+    seen = watch(objective, monkeypatch)
     outcome = objective(*batch_of(images))
-    alone = [objective(*batch_of(images[i : i + 1], first=i)).numerator for i in range(3)]
-    assert outcome.weight == 3 and torch.allclose(outcome.numerator, torch.stack(alone).sum(), rtol=1e-5)
+    assert seen["turned"].side.tolist() == [6, 4, 2, 6]
+    alone = [objective(*batch_of(images[i : i + 1], first=i)).numerator for i in range(4)]
+    assert outcome.weight == 4 and torch.allclose(outcome.numerator, torch.stack(alone).sum(), rtol=1e-5)
 
 
 def test_blocks_compare_the_same_pixels() -> None:
@@ -141,6 +145,23 @@ def test_blocks_compare_the_same_pixels() -> None:
     assert made.grad is not None
     touched = made.grad.abs() > 1e-6
     assert touched[0, 5].all() and touched.any(2).sum() == 1
+
+
+def test_a_block_holds_what_stands_there() -> None:
+    """Any prediction, put back into the image patch by patch: its error is that of the image's own blocks, of unlike contrast."""
+    objective = model()
+    images = pictures() * (1 + torch.arange(32.0)[:, None] + torch.arange(48.0))
+    clusters, target = clusters_of((1, 1, 4, 6), 2, CPU), Target(images)
+    made = torch.randn(4, len(clusters.target), 192)
+    _, mean, spread = objective.token_error([made], target, clusters)
+    residual, counts = torch.zeros_like(images), torch.zeros(4, 1, 32, 48)
+    for number, place in enumerate(clusters.target.tolist()):
+        rows, columns = (slice(8 * at, 8 * at + 8) for at in divmod(place, 6))
+        values = (made[:, number] * spread[:, number, None] + mean[:, number, None]).view(4, 8, 8, 3).permute(0, 3, 1, 2)
+        residual[:, :, rows, columns] = values - images[:, :, rows, columns]
+        counts[:, :, rows, columns] = 1.0
+    got = objective.block_error([made], mean, spread, target, clusters)
+    assert torch.allclose(got, coarse_error(residual, images, counts, 2, 8), rtol=1e-4)
 
 
 def test_blocks_are_another_scale() -> None:

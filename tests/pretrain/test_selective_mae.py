@@ -168,6 +168,11 @@ def test_the_published_numbers_of_tokens() -> None:
     assert chosen.encoded.shape == (1, 29) and chosen.predicted.shape == (1, 49)
 
 
+def test_how_many_are_drawn_first_is_a_share_of_all_tokens() -> None:
+    """As released, 39 of 196 at 0.3 · 2/3; of the 58 that are encoded, already rounded, two thirds would be 38."""
+    assert model(mask_ratio=0.7, first_ratio=2 / 3).counts((1, 1, 14, 14)) == (39, 58, 49)
+
+
 def test_the_decoder_asks_what_was_encoded_and_not_its_neighbours() -> None:
     """What is predicted at a place does not hang on which other places are predicted; it does on what was encoded."""
     objective = model().eval()
@@ -276,8 +281,12 @@ def test_ratios_that_leave_nothing_are_refused(mask_ratio: float, predicted_rati
 
 
 @pytest.mark.parametrize(
-    "options", [{"rounds": 0}, {"first_ratio": 1.5}, {"stages": (0.5, 0.4, 0.6, 0.7)}, {"decoder_width": 30, "decoder_heads": 4}]
-)
+    "options",
+    [
+        {"rounds": 0}, {"first_ratio": 1.5}, {"stages": (0.5, 0.4, 0.6, 0.7)}, {"stages": ()}, {"stages": (0.5,)},
+        {"predicted_ratio": float("inf")}, {"predicted_ratio": -0.1}, {"decoder_width": 30, "decoder_heads": 4},
+    ],
+)  # fmt: skip
 def test_options_that_cannot_be(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be") as refused:
         model(**options)
