@@ -42,7 +42,7 @@ def demo(out: Path) -> int:
         raise InputError("the demo was asked to stop; the same command continues it")
 
     _say("probing the frozen backbone for land cover", started)
-    rows = probes(["knn", "linear"], run, train, test, progress=False)
+    rows = probes(["knn", "linear"], run, train, test, from_scratch=0, progress=False)
     fitted = colour_statistics(ShardReader(train))
     colour = linear(fitted, match_classes(fitted, colour_statistics(ShardReader(test))))
 

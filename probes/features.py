@@ -151,18 +151,28 @@ def features(bench: Bench, part: str, *, loaded: Loaded | None = None, numbers: 
     """As `extract`, of a part of the bench ("train", "val", "test"), by its backbone or another; computed once, see `cache`."""
     loaded, reader = loaded or bench.loaded, bench.readers[part]
     numbers = labelled(reader) if numbers is None else numbers
-    key = key_of(loaded, reader, numbers, bench)
-    x = bench.memory[key] if key in bench.memory else cache.load(bench.cache, key, (len(numbers), loaded.backbone.pooled_width))
-    if x is None:
+
+    def make() -> np.ndarray:
         started = time.perf_counter()
         made = extract(
             loaded, reader, numbers=numbers, precision=bench.precision, told=bench.context, progress=bench.progress
         )  # fmt: skip
         bench.seconds["features"] += time.perf_counter() - started
-        x = made.x
+        return made.x
+
+    shape = (len(numbers), loaded.backbone.pooled_width)
+    return with_labels(kept(bench, key_of(loaded, reader, numbers, bench), shape, make), reader, numbers)
+
+
+def kept(bench: Bench, key: str, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` gives, float32 of this `shape`, computed once: from memory, else from the cache, by the hash of all that
+    decides it."""
+    x = bench.memory[key] if key in bench.memory else cache.load(bench.cache, key, shape)
+    if x is None:
+        x = make()
         cache.keep(bench.cache, key, x)
     bench.memory[key] = x
-    return with_labels(x, reader, numbers)
+    return x
 
 
 def key_of(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench) -> str:

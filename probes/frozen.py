@@ -9,12 +9,11 @@ import numpy as np
 
 from swath.hub.load import Loaded
 from swath.probes import pictures
-from swath.probes.features import Features, features, match_classes, require_classes, require_contract
-from swath.probes.maps import untrained
+from swath.probes.features import Features, features, labelled, match_classes, require_classes, require_contract, with_labels
 from swath.probes.metrics import Scores
-from swath.probes.statistics import colour_statistics, places
+from swath.probes.statistics import colour_statistics, places, unnormalised
 from swath.probes.task import Bench, Result, Row
-from swath.probes.tune import Tuning, tune
+from swath.probes.tuned import SCRATCH_EPOCHS, SCRATCH_SAMPLES, Tuned, fresh, from_scratch
 from swath.shards.bands import InputContract, Normalisation
 from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
@@ -25,8 +24,12 @@ Pick = Callable[[ShardReader], np.ndarray]
 
 @dataclass(frozen=True)
 class FrozenOptions:
-    from_scratch: int = field(
-        default=0, metadata={"help": "epochs to train the same backbone from random weights on train, for a row of its own"}
+    from_scratch: int | None = field(
+        default=None,
+        metadata={
+            "help": "epochs over train of the same backbone from random weights, for a row of its own; 0 leaves it out "
+            f"(as many as see {SCRATCH_SAMPLES} samples, 1 to {SCRATCH_EPOCHS})"
+        },
     )
     context: bool = field(
         default=False, metadata={"help": "rows with the backbone told place and time, and of place alone; off by default"}
@@ -34,6 +37,10 @@ class FrozenOptions:
     preprocessing_table: bool = field(
         default=False, metadata={"help": "the first metric at {native, pretraining, 2×} size and four normalisations"}
     )
+
+    def __post_init__(self) -> None:
+        if self.from_scratch is not None and self.from_scratch < 0:
+            raise ValueError(f"--from-scratch must be 0 or more epochs, not {self.from_scratch}")
 
 
 @dataclass
@@ -46,11 +53,6 @@ class Judged:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def fresh(loaded: Loaded, seed: int) -> Loaded:
-    """The same backbone with random weights, in eval mode, on the same device."""
-    return replace(loaded, backbone=untrained(loaded, seed))
-
-
 def parts_of(bench: Bench, make: Callable[[str], Features], *, classes: bool) -> Parts:
     """`make` of train, test and val; with `classes`, labels are numbered as in train."""
     parts = {part: make(part) for part in bench.readers}
@@ -60,47 +62,41 @@ def parts_of(bench: Bench, make: Callable[[str], Features], *, classes: bool) ->
     return {part: one if part == "train" else match_classes(parts["train"], one) for part, one in parts.items()}
 
 
-def sources(
-    bench: Bench, options: FrozenOptions, pick: Pick | None = None, targets: dict[str, np.ndarray] | None = None
-) -> Iterator[tuple[str, Parts]]:
-    """The rows of the table and the features behind each; `pick` says which samples count, by default those with a class;
-    `targets` (N, C) bool, what else than its class a sample is to be told to be by the training from scratch."""
-    numbers = {part: pick(reader) if pick else None for part, reader in bench.readers.items()}
-    classes = pick is None
+def sources(bench: Bench, options: FrozenOptions, pick: Pick | None = None) -> Iterator[tuple[str, Parts]]:
+    """The rows of the table and the features behind each, but for training from scratch; `pick` says which samples count, by
+    default those with a class."""
+    numbers = numbers_of(bench, pick)
 
     def of(bench: Bench, loaded: Loaded | None = None) -> Parts:
-        return parts_of(bench, lambda part: features(bench, part, loaded=loaded, numbers=numbers[part]), classes=classes)
+        return parts_of(bench, lambda part: features(bench, part, loaded=loaded, numbers=numbers[part]), classes=pick is None)
 
+    # refused before anything is computed, where there are no places
+    where = options.context and {part: places(reader, numbers[part]) for part, reader in bench.readers.items()}
     yield "backbone", of(bench)
     if options.context:
         yield "backbone, told place and time", of(replace(bench, context=True))
     yield "random initialisation", of(bench, fresh(bench.loaded, bench.seed))
     contract = require_contract(bench.loaded, bench.readers["train"])
     started = time.perf_counter()
-    statistics = parts_of(bench, lambda part: colour_statistics(bench.readers[part], contract, numbers[part]), classes=classes)
+    made = {part: colour_statistics(reader, contract, numbers[part]) for part, reader in bench.readers.items()}
     bench.seconds["features"] += time.perf_counter() - started
-    yield "statistics", statistics
-    if options.context:
-        yield (
-            "place only",
-            parts_of(
-                bench, lambda part: places(bench.readers[part], _numbers(bench.readers[part], numbers[part])), classes=classes
-            ),
-        )
-
-    if options.from_scratch:
-        reader = bench.readers["train"]
-        rows = _numbers(reader, numbers["train"])
-        wanted = targets["train"] if targets else reader.labels[rows][:, None] == np.arange(len(reader.manifest.classes))
-        random = fresh(bench.loaded, bench.seed)
-        how = {"precision": bench.precision, "progress": bench.progress}
-        tuning = Tuning(epochs=options.from_scratch, layer_decay=1.0)
-        model = tune(random, reader, rows, wanted, tuning, lr_per_256=5e-4, seed=bench.seed, **how)
-        yield "from scratch", of(bench, replace(random, backbone=model.backbone))
+    yield "statistics", parts_of(bench, made.__getitem__, classes=pick is None)
+    if where:
+        yield "place only", parts_of(bench, where.__getitem__, classes=pick is None)
 
 
-def _numbers(reader: ShardReader, numbers: np.ndarray | None) -> np.ndarray:
-    return np.flatnonzero(reader.labels >= 0) if numbers is None else numbers
+def numbers_of(bench: Bench, pick: Pick | None = None) -> dict[str, np.ndarray]:
+    """The samples of each part that count."""
+    return {part: (pick or labelled)(reader) for part, reader in bench.readers.items()}
+
+
+def scratch_parts(bench: Bench, model: Tuned, pick: Pick | None) -> Parts:
+    numbers = numbers_of(bench, pick)
+
+    def make(part: str) -> Features:
+        return with_labels(model.features(part, numbers[part]), bench.readers[part], numbers[part])
+
+    return parts_of(bench, make, classes=pick is None)
 
 
 def frozen(
@@ -108,22 +104,39 @@ def frozen(
     options: FrozenOptions,
     judge: Callable[[Parts], Judged],
     pick: Pick | None = None,
+    *,
     targets: dict[str, np.ndarray] | None = None,
+    scratch: Callable[[Parts], Judged] | None = None,
 ) -> Result:
-    """`judge` the features of every row; the backbone's own settings and details stand in the result."""
+    """`judge` the features of every row; the backbone's own settings and details stand in the result.
+
+    A backbone is trained from scratch to tell the class of a sample, or `targets` (N, C) bool of train; then its features are
+    judged like others, unless `scratch` says how good it is, given the parts of the backbone.
+    """
     rows: list[Row] = []
     result: Result | None = None
-    for name, parts in sources(bench, options, pick, targets):
+    first: Parts = {}
+    for name, parts in sources(bench, options, pick):
         judged = judge(parts)
         rows.append(Row(name, judged.metrics, judged.interval))
         if result is None:
-            counts = {f"n_{part}": len(one.x) for part, one in parts.items()}
+            first, counts = parts, {f"n_{part}": len(one.x) for part, one in parts.items()}
             unlabelled = {part: one.unlabelled for part, one in parts.items()}
             details = {**judged.details, **counts, "feature_width": parts["train"].x.shape[1], "unlabelled": unlabelled}
             result = Result(
-                rows, judged.settings | {"standardised_on": "train"}, details, pictures.of(bench, parts, judged.details)
+                rows, {"standardised_on": "train", **judged.settings}, details, pictures.of(bench, parts, judged.details)
             )
     assert result is not None
+    if options.from_scratch != 0:
+        if scratch is not None:
+            judged = scratch(first)
+        else:
+            train = first["train"]
+            wanted = targets["train"] if targets else train.label[:, None] == np.arange(len(train.classes))
+            model = from_scratch(bench, numbers_of(bench, pick)["train"], wanted, options.from_scratch)
+            judged = judge(scratch_parts(bench, model, pick))
+            result.settings |= {"from_scratch": model.tuning.epochs}
+        rows.append(Row("from scratch", judged.metrics, judged.interval))
     if options.preprocessing_table:
         result.details["preprocessing"] = preprocessing(bench, judge, pick)
     return result
@@ -153,7 +166,7 @@ def preprocessing(bench: Bench, judge: Callable[[Parts], Judged], pick: Pick | N
     if native[0] and native[1]:
         sizes["native"] = fitting_size(bench.loaded, native[0], native[1])
         sizes["2×"] = fitting_size(bench.loaded, 2 * native[0], 2 * native[1])
-    cells = []
+    numbers, cells = numbers_of(bench, pick), []
     for size_name, size in sizes.items():
         for name in NORMALISATIONS:
             cell: dict[str, Any] = {"size": size_name, "pixels": size and list(size), "normalisation": name}
@@ -164,7 +177,6 @@ def preprocessing(bench: Bench, judge: Callable[[Parts], Judged], pick: Pick | N
                 continue
             loaded = replace(bench.loaded, size=size, contracts={contract.modality: changed})
             made = replace(bench, loaded=loaded)
-            numbers = {part: pick(reader) if pick else None for part, reader in bench.readers.items()}
             judged = judge(
                 parts_of(made, lambda part, b=made, n=numbers: features(b, part, numbers=n[part]), classes=pick is None)
             )
@@ -191,7 +203,6 @@ def normalised(contract: InputContract, target: InputContract, name: str) -> Inp
     None where the shards do not say the range.
     """
     own, theirs = contract.normalisation, target.normalisation
-    count = len(contract.bands)
     if name == "target":
         own = theirs
     elif name == "min-max":
@@ -200,7 +211,7 @@ def normalised(contract: InputContract, target: InputContract, name: str) -> Inp
         width = tuple(high - low for low, high in zip(theirs.minimum, theirs.maximum, strict=True))
         own = Normalisation(mean=theirs.minimum, std=width, pixels=theirs.pixels)
     elif name == "no":
-        own = Normalisation(mean=(0.0,) * count, std=(1.0,) * count, pixels=own.pixels)
+        own = unnormalised(contract)
     elif name != "pretraining":
         raise InputError(f"no normalisation is called {name!r}; there are {', '.join(NORMALISATIONS)}")
     return contract.model_copy(update={"normalisation": own})

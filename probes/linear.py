@@ -1,5 +1,6 @@
 """Logistic regression on frozen features; the strength of its penalty is chosen without looking at test."""
 
+import math
 import warnings
 
 import numpy as np
@@ -49,6 +50,12 @@ def linear(train: Features, test: Features, val: Features | None = None, *, stre
         "path": path,
     }
     return score(test.label, np.asarray(model.predict(x_test)), test.block, len(train.classes), settings)
+
+
+def require_strengths(strengths: tuple[float, ...]) -> None:
+    """ValueError unless these are values of C."""
+    if not strengths or not all(0 < c < math.inf for c in strengths):
+        raise ValueError(f"--c must be numbers above 0, not {','.join(f'{c:g}' for c in strengths) or 'none'}")
 
 
 def fit(

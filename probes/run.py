@@ -76,16 +76,20 @@ def _run(
     **options: Any,
 ) -> list[dict[str, Any]]:
     chosen = _configured([task_called(name) for name in tasks], options)
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"--seed must be a whole number of 64 bits, not {seed}")
+    if json_path is not None and Path(json_path).is_dir():
+        raise InputError(f"--json {Path(json_path)} is a folder; name a file")
     bench = _bench([task for task, _ in chosen], backbone, {"train": train, "test": test, "val": val}, size)
     bench.seed, bench.progress, bench.cache = seed, progress, _cache(cache)
     bench.precision = resolve(precision, next(bench.loaded.backbone.parameters()).device)
     seen = transductive(bench.loaded, bench.readers["test"], pretrained_on)
     made = []
     for task, values in chosen:
-        started, before = time.perf_counter(), bench.seconds["features"]
+        started, before = time.perf_counter(), dict(bench.seconds)
         result = task.run(bench, values)
-        features = bench.seconds["features"] - before
-        seconds = {"features": features, "probe": time.perf_counter() - started - features}
+        seconds = {what: spent - before[what] for what, spent in bench.seconds.items()}
+        seconds["probe"] = time.perf_counter() - started - sum(seconds.values())
         told = _told(task, values, bench, result, seen) | {"seconds": seconds}
         if json_path is not None:
             _write(told, result, Path(json_path))
@@ -122,6 +126,8 @@ def _bench(tasks: list[Task], backbone: Path | str, folders: dict[str, Path | st
     for task, reader in product(tasks, readers.values()):
         (task.require or require_contract)(loaded, reader)
     if size is not None:
+        if size < 1:
+            raise InputError(f"--size must be at least 1 pixel, not {size}")
         loaded.size = (size, size)
         try:
             loaded.backbone.grid(size, size)

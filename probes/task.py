@@ -25,7 +25,8 @@ from swath.shards.reader import ShardReader
 class Bench:
     """What a task works on: the frozen backbone, and readers of "train", "test" and, where it is given, "val", whose contracts
     have been compared with the backbone's. `seed` is of every random choice, `precision` of the backbone; `context` says whether
-    a backbone is told where and when. Features are kept in `cache`, where there is one, and in `memory`; `seconds` they took."""
+    a backbone is told where and when. Features are kept in `cache`, where there is one, and in `memory`; `seconds` that they and
+    training took."""
 
     loaded: Loaded
     readers: dict[str, ShardReader]
@@ -35,7 +36,7 @@ class Bench:
     context: bool = False
     cache: Path | None = None
     memory: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "training": 0.0})
 
 
 @dataclass

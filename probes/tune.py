@@ -97,7 +97,7 @@ def tune(
     device = next(loaded.backbone.parameters()).device
     torch.manual_seed(seed)
     model = Classifier(copy.deepcopy(loaded.backbone), target_nc.shape[1]).to(device).train().requires_grad_(True)
-    batch = min(tuning.batch, max(1, len(numbers) // 4))
+    batch = batch_of(tuning, len(numbers))
     steps = max(1, tuning.epochs * len(numbers) // batch)
     schedule = Schedule(lr_per_256 * batch / 256, 1e-3 * lr_per_256 * batch / 256, tuning.warmup * steps, steps)
     optimizer = torch.optim.AdamW(groups(model, tuning), lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -134,6 +134,11 @@ def tune(
                 _follow(average, model, min(tuning.ema, (1 + step) / (10 + step)))
             bar.update(1)
     return (average or model).eval().requires_grad_(False)
+
+
+def batch_of(tuning: Tuning, count: int) -> int:
+    """Samples per step, of `count` in all."""
+    return min(tuning.batch, max(1, count // 4))
 
 
 def _loss(logits_bc: Tensor, wanted_bc: Tensor, smoothing: float, single: bool) -> Tensor:

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from swath.probes.features import Features
-from swath.probes.frozen import FrozenOptions, Judged, Parts, frozen
+from swath.probes.frozen import FrozenOptions, Judged, Parts, frozen, numbers_of
 from swath.probes.linear import STRENGTHS, fit
-from swath.probes.metrics import interval_of_draws
+from swath.probes.metrics import interval, interval_of_draws
 from swath.probes.task import Bench, Result, task
+from swath.probes.tuned import from_scratch
 from swath.shards.draw import Draw
 from swath.shards.errors import InputError
 
@@ -21,15 +22,19 @@ class Options(FrozenOptions):
     c: float = field(default=1.0, metadata={"help": "C of the logistic regression where there is no --val to choose it on (1)"})
 
     def __post_init__(self) -> None:
-        if not self.shots or min(self.shots) < 1 or self.draws < 1 or not self.c > 0:
+        super().__post_init__()
+        if not self.shots or min(self.shots) < 1 or self.draws < 1 or not 0 < self.c < np.inf:
             raise ValueError("--shots and --draws must be at least 1, --c above 0")
 
 
 @task("fewshot", Options, "logistic regression on a few labels of each class, drawn several times")
 def run(bench: Bench, options: Options) -> Result:
     """Features are standardised on the samples that were drawn, since no more of train is there. The interval is of draws and of
-    blocks of test. C is chosen on --val, by its mean accuracy over the draws."""
-    return frozen(bench, options, lambda parts: _judge(parts, options, bench.seed))
+    blocks of test. C is chosen on --val, by its mean accuracy over the draws. From scratch, the backbone and a linear head are
+    trained on the samples of the first draw."""
+    return frozen(
+        bench, options, lambda parts: _judge(parts, options, bench.seed), scratch=lambda parts: _scratch(bench, parts, options)
+    )
 
 
 def _judge(parts: Parts, options: Options, seed: int) -> Judged:
@@ -45,9 +50,33 @@ def _judge(parts: Parts, options: Options, seed: int) -> Judged:
         if val is not None:
             best = max(STRENGTHS, key=lambda c: np.mean([_correct(train, rows, val, c).mean() for rows in picks]))
         correct_dn = np.stack([_correct(train, rows, test, best) for rows in picks])
-        name = f"accuracy, {n} per class"
+        name = _metric(n)
         metrics[name], intervals[name], chosen[name] = float(correct_dn.mean()), interval_of_draws(correct_dn, test.block), best
-    return Judged(metrics, intervals, {"C": chosen, "chosen_on": "val" if val is not None else "nothing: given"})
+    settings = {
+        "C": chosen,
+        "chosen_on": "val" if val is not None else "nothing: given",
+        "standardised_on": "the samples that were drawn",
+        "from_scratch": "the first draw" if options.from_scratch != 0 else 0,
+    }
+    return Judged(metrics, intervals, settings)
+
+
+def _scratch(bench: Bench, parts: Parts, options: Options) -> Judged:
+    train, test, numbers = parts["train"], parts["test"], numbers_of(bench)
+    metrics: dict[str, float | None] = {}
+    intervals = {}
+    for n in options.shots:
+        rows = pick(train, n, bench.seed, 0)
+        wanted_nc = train.label[rows][:, None] == np.arange(len(train.classes))
+        model = from_scratch(bench, numbers["train"][rows], wanted_nc, options.from_scratch)
+        correct = model.logits("test", numbers["test"]).argmax(axis=1) == test.label
+        name = _metric(n)
+        metrics[name], intervals[name] = float(correct.mean()), interval(correct, test.block)
+    return Judged(metrics, intervals)
+
+
+def _metric(n: int) -> str:
+    return f"accuracy, {n} per class"
 
 
 def pick(train: Features, n: int, seed: int, draw: int) -> np.ndarray:

@@ -1,22 +1,20 @@
 """`swath probe finetune`: the backbone and a linear head trained end to end."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from swath.hub.load import Loaded
-from swath.probes import cache, pictures
-from swath.probes.features import features, key_of, labelled, match_classes, require_classes, require_contract, with_labels
-from swath.probes.frozen import fresh
+from swath.probes import pictures
+from swath.probes.features import features, labelled, match_classes, require_classes, require_contract, with_labels
 from swath.probes.linear import held_out, linear
 from swath.probes.metrics import interval_of_draws, score
 from swath.probes.statistics import colour_statistics
 from swath.probes.task import Bench, Result, Row, task
-from swath.probes.tune import Tuning, predict, tune
+from swath.probes.tune import Tuning
+from swath.probes.tuned import Tuned, fresh
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,8 @@ def run(bench: Bench, options: Options) -> Result:
         loaded: Loaded, lr: float, seed: int, tuning: Tuning, fit: np.ndarray, asked: str, rows: np.ndarray
     ) -> np.ndarray:
         """Predicted classes of the rows of a part by a model that was trained on the rows `fit` of train."""
-        settings = {"lr": lr, "seed": seed, **dataclasses.asdict(tuning)}
-        key = _key(loaded, bench, numbers["train"][fit], numbers[asked][rows], asked, settings)
-        logits_nc = cache.load(bench.cache, key, (len(rows), len(train.classes)))
-        if logits_nc is None:
-            how = {"precision": bench.precision, "progress": bench.progress}
-            model = tune(
-                loaded, bench.readers["train"], numbers["train"][fit], target_nc[fit], tuning, lr_per_256=lr, seed=seed, **how
-            )
-            logits_nc = predict(model, loaded, bench.readers[asked], numbers[asked][rows], **how)
-            cache.keep(bench.cache, key, logits_nc)
-        return logits_nc.argmax(axis=1)
+        model = Tuned(bench, loaded, numbers["train"][fit], target_nc[fit], tuning, lr, seed)
+        return model.logits(asked, numbers[asked][rows]).argmax(axis=1)
 
     tuning = Tuning(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Tuning)})
     everything, all_test = np.arange(len(train.label)), np.arange(len(test.label))
@@ -122,8 +111,3 @@ def _frozen_rows(bench: Bench) -> list[Row]:
         found = linear(train, match_classes(train, parts["test"]), match_classes(train, parts["val"]) if "val" in parts else None)
         rows.append(Row(name, {"accuracy": found.accuracy}, {"accuracy": found.interval}))
     return rows
-
-
-def _key(loaded: Loaded, bench: Bench, fit: np.ndarray, asked: np.ndarray, part: str, settings: dict[str, Any]) -> str:
-    keys = [key_of(loaded, bench.readers["train"], fit, bench), key_of(loaded, bench.readers[part], asked, bench)]
-    return hashlib.sha256(json.dumps(["finetune", *keys, settings], sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ import numpy as np
 
 from swath.probes.features import Features, standardised
 from swath.probes.frozen import FrozenOptions, Judged, Parts, frozen
-from swath.probes.linear import STRENGTHS, fit, held_out
+from swath.probes.linear import STRENGTHS, fit, held_out, require_strengths
 from swath.probes.metrics import AveragePrecision, ends, resampled
 from swath.probes.task import Bench, Result, task
 from swath.shards.errors import InputError
@@ -20,6 +20,10 @@ class Options(FrozenOptions):
     c: tuple[float, ...] = field(
         default=STRENGTHS, metadata={"help": "values of C to choose from, on --val or a fifth of train (ten from 1e-4 to 100)"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_strengths(self.c)
 
 
 @task("multilabel", Options, "one logistic regression for each label on frozen features; micro and macro mAP")
@@ -36,7 +40,9 @@ def run(bench: Bench, options: Options) -> Result:
         for row, labels in enumerate(lists):
             truth[part][row, [number[label] for label in labels]] = True
     rows_of = {reader.place: named[part][0] for part, reader in bench.readers.items()}
-    result = frozen(bench, options, lambda parts: _judge(parts, truth, options.c), lambda reader: rows_of[reader.place], truth)
+    result = frozen(
+        bench, options, lambda parts: _judge(parts, truth, options.c), lambda reader: rows_of[reader.place], targets=truth
+    )
     result.details |= {
         "classes": classes,
         "positives": {part: dict(zip(classes, given.sum(axis=0).tolist(), strict=True)) for part, given in truth.items()},
@@ -74,7 +80,8 @@ def _judge(parts: Parts, truth: dict[str, np.ndarray], strengths: tuple[float, .
     best = max(path, key=lambda step: step["val_macro_mAP"])["C"] if path else strengths[len(strengths) // 2]
     score_nc = _scores(x_train, truth["train"], x_test, best)
     metrics, intervals, ap = _measured(truth["test"], score_nc, test)
-    settings = {"C": best, "chosen_on": "val" if val is not None else "a fifth of train", "path": path}
+    chosen_on = ("val" if val is not None else "a fifth of train") if path else "nothing: given"
+    settings = {"C": best, "chosen_on": chosen_on, "path": path}
     return Judged(metrics, intervals, settings, {"AP": ap})
 
 

@@ -15,6 +15,7 @@ class Options(FrozenOptions):
     k: tuple[int, ...] = field(default=(1, 5, 10), metadata={"help": "R@k for each of these (1,5,10)"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.k or min(self.k) < 1:
             raise ValueError(f"--k must be numbers from 1, not {', '.join(map(str, self.k)) or 'none'}")
 

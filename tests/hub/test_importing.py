@@ -351,4 +351,4 @@ def test_pretraining_goes_on_from_an_import(tmp_path: Path, capsys: pytest.Captu
     with torch.no_grad():
         outcome = objective.eval()(batch, Draw(0, batch.id, batch.visit))
     assert row["step"] == 0 and row["loss"] == pytest.approx(float(outcome.numerator / outcome.weight), rel=1e-6)
-    assert main(["probe", "knn", str(folder), "--train", str(shards), "--test", str(shards)]) == 0
+    assert main(["probe", "knn", str(folder), "--train", str(shards), "--test", str(shards), "--from-scratch", "0"]) == 0

@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
 
 def test_probe_then_report(trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--train", shards, "--test", shards, "--cache", tmp_path / "cache", "--json", tmp_path / "knn.json"]
-    code, out, _ = run(capsys, "probe", "knn", trained, *given, "--k", "3", "--precision", "fp32")
+    code, out, _ = run(capsys, "probe", "knn", trained, *given, "--k", "3", "--precision", "fp32", "--from-scratch", "0")
     assert code == 0 and "accuracy" in out and "backbone (transductive)" in out and "random initialisation" in out
     result = json.loads((tmp_path / "knn.json").read_text())
     assert result["n_test"] == 40 and result["settings"]["k"] == 3 and result["settings"]["precision"] == "fp32"
@@ -136,7 +136,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
     given = [f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *TINY, "checkpoint.every=1"]
     assert run(capsys, "pretrain", "mae_vit_tiny", *given)[0] == 0
     (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").write_text("{")
-    code, out, _ = run(capsys, "probe", "knn", tmp_path / "run", "--train", shards, "--test", shards, "--no-cache")
+    code, out, _ = run(
+        capsys, "probe", "knn", tmp_path / "run", "--train", shards, "--test", shards, "--no-cache", "--from-scratch", "1"
+    )
     assert code == 0 and "step-00000002 is damaged" in caplog.text
     code, out, _ = run(capsys, "pretrain", "mae_vit_tiny", *given)
     assert code == 0 and "2 steps done" in out

@@ -33,7 +33,7 @@ def test_a_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[int] = []
     tuned = module.tune
     monkeypatch.setattr(
-        "swath.probes.tasks.finetune.tune", lambda *args, **more: began.append(more["seed"]) or tuned(*args, **more)
+        "swath.probes.tuned.tune", lambda *args, **more: began.append(more["seed"]) or tuned(*args, **more)
     )
     result = probe("finetune", run, train, test, cache=tmp_path / "cache", **PLAIN)
     names = [row["name"] for row in result["rows"]]

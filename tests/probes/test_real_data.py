@@ -28,7 +28,17 @@ def test_bigearthnet_patches_with_several_labels(tmp_path: Path) -> None:
     source = loaded(reader.contract)
     source.backbone, source.name, source.options = create("vit_tiny_patch8", **options).eval(), "vit_tiny_patch8", options
     run = save_run(source, tmp_path / "run")
-    result = probe("multilabel", run, tmp_path / "shards", tmp_path / "shards", c=(1.0,), size=120, cache=False, progress=False)
+    result = probe(
+        "multilabel",
+        run,
+        tmp_path / "shards",
+        tmp_path / "shards",
+        c=(1.0,),
+        size=120,
+        cache=False,
+        from_scratch=0,
+        progress=False,
+    )
     lists = [reader.meta(number)["labels"] for number in range(11)]
     assert result["n_test"] == 11 and result["classes"] == sorted({label for labels in lists for label in labels})
     assert result["classes_without_positives"] == []

@@ -62,7 +62,7 @@ def test_the_backbone_normalises_not_the_data(make: Make) -> None:
 def test_a_probe_of_a_run(run: Path, make: Make, tmp_path: Path, task: str) -> None:
     train, test = make("train", 80, blocks=[i // 8 for i in range(80)]), make("test!", 60)
     file = tmp_path / "out" / "result.json"
-    result = probe(task, run, train, test, val=make("validation"), json_path=file, progress=False)  # type: ignore[arg-type]
+    result = probe(task, run, train, test, val=make("validation"), json_path=file, from_scratch=0, progress=False)  # type: ignore[arg-type]
     assert json.loads(file.read_text()) == result == json.loads((run / "probes" / f"{task}.json").read_text())
     assert result["accuracy"] > 0.8 and result["interval"][0] <= result["accuracy"] <= result["interval"][1]
     assert (result["n_train"], result["n_test"], result["feature_width"]) == (80, 60, 24)
@@ -70,7 +70,7 @@ def test_a_probe_of_a_run(run: Path, make: Make, tmp_path: Path, task: str) -> N
     assert str(tmp_path) not in file.read_text() and "secret" not in file.read_text()
     text = table(result)
     assert text.startswith(task) and f"{result['accuracy']:.3f}" in text and "water" in text
-    again = probe(task, run, train, test, val=tmp_path / "validation", progress=False)  # type: ignore[arg-type]
+    again = probe(task, run, train, test, val=tmp_path / "validation", from_scratch=0, progress=False)  # type: ignore[arg-type]
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
 from swath.pretrain.checkpoint import save
-from swath.probes import cache, features
+from swath.probes import cache, features, tuned
 from swath.probes.features import Features
 from swath.probes.frozen import fitting_size, normalised
 from swath.probes.knn import neighbours
@@ -58,7 +58,7 @@ def ask(run: Path, make: Make, tmp_path: Path) -> Probe:
     parts = {"train": make("train", 48, 0), "test": make("test", 32, 1), "val": make("val", 24, 2)}
 
     def asked(task: str, **options: Any) -> dict[str, Any]:
-        return probe(task, run, **{"progress": False, "cache": tmp_path / "cache", **parts, **options})
+        return probe(task, run, **{"progress": False, "from_scratch": 0, "cache": tmp_path / "cache", **parts, **options})
 
     return asked
 
@@ -93,6 +93,24 @@ def test_a_frozen_task(task: str, options: dict[str, Any], metric: str, ask: Pro
     text = table(result)
     assert all(name in text for name in names(result)) and f"{result[metric]:.3f}" in text
     assert without_times(ask(task, cache=False, **options)) == without_times(result)
+
+
+@pytest.mark.parametrize(("task", "options"), [("knn", {}), ("fewshot", {"shots": (2,), "draws": 2})])
+def test_every_table_has_a_row_from_scratch(
+    task: str, options: dict[str, Any], ask: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained once; by the command's own choice as often as sees 20,000 samples, at most 30 times; told apart in the settings."""
+    began: list[int] = []
+    tune = tuned.tune
+    monkeypatch.setattr(tuned, "tune", lambda *a, **more: began.append(len(a[2])) or tune(*a, **more))
+    result = ask(task, from_scratch=2, **options)
+    assert names(result)[-1] == "from scratch" and began == [48 if task == "knn" else 4]
+    assert set(result["rows"][-1]["metrics"]) == set(result["rows"][0]["metrics"]) and result["rows"][-1]["interval"]
+    assert result["seconds"]["training"] > 0
+    assert without_times(ask(task, from_scratch=2, **options)) == without_times(result) and len(began) == 1
+    monkeypatch.setattr(tuned, "SCRATCH_EPOCHS", 1)
+    assert names(ask(task, from_scratch=None, **options)) == names(result) and len(began) == 2
+    assert tuned.scratch_epochs(None, 10**6) == tuned.scratch_epochs(None, 5) == 1 and tuned.scratch_epochs(7, 5) == 7
 
 
 def test_features_are_computed_once_and_kept_by_content(
@@ -136,15 +154,23 @@ def test_a_cache_is_bounded_and_never_needed(tmp_path: Path, monkeypatch: pytest
 
 def test_probes_share_their_features(run: Path, ask: Probe, tmp_path: Path) -> None:
     folders = (tmp_path / "train", tmp_path / "test")
-    one, two = probes(["knn", "retrieve"], run, *folders, cache=False, progress=False, temperature=1.0)
+    one, two = probes(["knn", "retrieve"], run, *folders, cache=False, from_scratch=0, progress=False, temperature=1.0)
     assert one["settings"]["temperature"] == 1.0 and "temperature" not in two["settings"]
     assert two["seconds"]["features"] < one["seconds"]["features"]
     with pytest.raises(InputError, match=r"has no option 'temprature' \(did you mean temperature\?\)"):
         probes(["knn"], run, *folders, temprature=1.0)
     with pytest.raises(InputError, match=r"no probe is called 'knnn' \(did you mean knn\?\); there are"):
         probe("knnn", run, *folders)
-    with pytest.raises(InputError, match="must be numbers from 1"):
-        probe("retrieve", run, *folders, k=(0,))
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("retrieve", {"k": (0,)}, "must be numbers from 1"), ("knn", {"k": 0}, "--k must be at least 1"),
+        ("knn", {"temperature": 0.0}, "--temperature above 0"), ("linear", {"c": ()}, "--c must be numbers above 0, not none"),
+        ("multilabel", {"c": (0.1, -1.0)}, "--c must be numbers above 0, not 0.1,-1"), ("knn", {"from_scratch": -1}, "0 or more"),
+        ("knn", {"size": -8}, "--size must be at least 1"), ("knn", {"seed": 2**64}, "--seed must be"),
+        ("knn", {"json_path": tmp_path}, "is a folder"),
+    ]  # fmt: skip
+    for task, wrong, said in refused:
+        with pytest.raises(InputError, match=said):
+            probe(task, run, *folders, **wrong)
 
 
 def test_the_table_of_preprocessing_marks_the_contract(ask: Probe) -> None:
@@ -182,19 +208,19 @@ def test_context_is_withheld_unless_asked_for(make: Make, tmp_path: Path) -> Non
         parts[part] = make(part, 40, seed, labels=labels, places=places)
     bare, placed = (features.extract(told, ShardReader(parts["train"]), told=given, progress=False).x for given in (False, True))
     assert not np.allclose(bare, placed)
-    result = probe("knn", save_run(told, tmp_path / "run"), **parts, context=True, cache=False, progress=False)
+    result = probe("knn", save_run(told, tmp_path / "run"), **parts, context=True, cache=False, from_scratch=0, progress=False)
     assert names(result) == [
         "backbone", "backbone, told place and time", "random initialisation", "statistics", "place only",
     ]  # fmt: skip
     assert result["rows"][-1]["metrics"]["accuracy"] == 1
     none = make("nowhere", 20, 3)
     with pytest.raises(InputError, match="have no place"):
-        probe("knn", tmp_path / "run", none, none, context=True, cache=False, progress=False)
+        probe("knn", tmp_path / "run", none, none, context=True, cache=False, from_scratch=0, progress=False)
 
 
 def test_transductive_rows_say_so(make: Make, run: Path, tmp_path: Path) -> None:
     train, test = make("train", 40, 0), make("test", 24, 1)
-    plain = {"cache": False, "progress": False}
+    plain = {"cache": False, "from_scratch": 0, "progress": False}
     unknown = probe("knn", run, train, test, **plain)  # type: ignore[arg-type]
     assert unknown["transductive"] is None and "is unknown" in table(unknown)
     clean = probe("knn", run, train, test, pretrained_on=[train], **plain)  # type: ignore[arg-type]
@@ -236,7 +262,7 @@ def test_multilabel(make: Make, run: Path, tmp_path: Path) -> None:
         lists = [["land", *(["green"] * bool(label)), *([rare] * (row < 5))] for row, label in enumerate(labels)]
         metas = [{"labels": one} if row else {} for row, one in enumerate(lists)]
         parts[part] = make(part, 40, seed, labels=labels, metas=metas)
-    result = probe("multilabel", run, **parts, cache=False, progress=False, c=(0.1, 1.0), precision="fp32")
+    result = probe("multilabel", run, **parts, cache=False, from_scratch=0, progress=False, c=(0.1, 1.0), precision="fp32")
     assert result["classes"] == ["glacier", "green", "land", "volcano"] and result["classes_without_positives"] == ["glacier"]
     assert result["n_train"] == result["n_test"] == 39 and result["unlabelled"]["train"] == 1
     ap = result["AP"]
@@ -245,7 +271,7 @@ def test_multilabel(make: Make, run: Path, tmp_path: Path) -> None:
     assert result["macro_mAP_of_present"] == pytest.approx(sum(ap.values()) / 3)
     assert names(result) == ["backbone", "random initialisation", "statistics"] and result["interval"][0] < result["micro_mAP"]
     with pytest.raises(InputError, match="has a list of labels"):
-        probe("multilabel", run, make("plain", 8, 0), parts["test"], cache=False, progress=False)
+        probe("multilabel", run, make("plain", 8, 0), parts["test"], cache=False, from_scratch=0, progress=False)
 
 
 @pytest.mark.parametrize("levels", [3, 10_000])
@@ -297,12 +323,14 @@ def test_neighbours_are_ranked_the_first_of_equals_first() -> None:
 
 
 def test_statistics_are_of_clear_pixels_in_the_contracts_unit(make: Make) -> None:
-    reader = ShardReader(make("train", 12, 0))
+    """Not in units of a data set's own deviation, which train and test have not in common."""
+    bands = contract()
+    other = bands.model_copy(update={"normalisation": bands.normalisation.model_copy(update={"mean": (0.9,) * 4})})
+    reader = ShardReader(make("train", 12, 0, bands=other))
     made = colour_statistics(reader)
     pixels = reader.pixels(3).astype(np.float64) * 1e-4
-    normalised_c = (pixels.mean(axis=(1, 2)) - 0.2) / 0.07
-    assert made.x.shape == (12, 8) and made.x[3, :4] == pytest.approx(normalised_c, abs=1e-4)
-    assert made.x[3, 4:] == pytest.approx(pixels.std(axis=(1, 2)) / 0.07, abs=1e-4)
+    assert made.x.shape == (12, 8) and made.x[3, :4] == pytest.approx(pixels.mean(axis=(1, 2)), abs=1e-6)
+    assert made.x[3, 4:] == pytest.approx(pixels.std(axis=(1, 2)), abs=1e-6)
 
 
 def test_every_task_tells_a_person_what_its_options_are() -> None:
