@@ -97,7 +97,7 @@ def of_pixels(task: str, args: argparse.Namespace) -> dict[str, Any]:
     nobody = Loaded(torch.nn.Identity(), {contract.modality: contract}, (PATCH, PATCH), "", {}, {})  # type: ignore[arg-type]
     labels = known(read_scene(nobody, reader))
     found: dict[str, list[float]] = {}
-    for number, split in enumerate(splits(labels, PATCH // 2, args.splits, 0)):
+    for number, split in enumerate(splits(labels, PATCH // 2, args.splits, 0, first=args.first), args.first):
         rows = [
             (f"{file}/y{y:04d}_x{x:04d}", "", "train", -1)
             for y in range(0, labels.shape[0] - PATCH + 1, 2)
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/dense"))
     parser.add_argument("--only", nargs="+", choices=["segment", "change", *CASES], default=["segment", "change", *CASES])
     parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="number of the first split; recipes were chosen on those from 10 on")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "dense.json")
     args, args.overrides = parser.parse_known_args()

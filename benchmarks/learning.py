@@ -331,7 +331,8 @@ def row(case: Case, work: Path) -> dict[str, Any] | None:
             seeds[str(seed)] = said | found
     if not seeds:
         return None
-    made: dict[str, Any] = {"recipe": f"benchmarks/recipes/learning_{case.name}.yaml", "data": DATA[case.data], "seeds": seeds}
+    made: dict[str, Any] = {"recipe": f"benchmarks/recipes/learning_{case.name}.yaml", "data": DATA[case.data]}
+    made |= {"date": time.strftime("%Y-%m-%d"), "seeds": seeds}
     if case.labelled:
         made |= verdict(case, list(seeds.values()))
     return made
@@ -427,18 +428,18 @@ def verdict_of(holds: bool, figures: str) -> str:
 
 
 def table(work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All that lies in the work folder."""
-    rows = {case.name: found for case in CASES if (found := row(case, work)) is not None}
+    """All that lies in the work folder; cases that are not there stay as an earlier table had them, with their date."""
+    earlier = json.loads(args.out.read_text()) if args.out.exists() else {"cases": {}, "claims": {}}
+    rows = {case.name: found for case in CASES if (found := row(case, work) or earlier["cases"].get(case.name)) is not None}
     return {
         # where the data lie is this machine's affair
         "command": " ".join(["python -m benchmarks.learning --rgb … --split … --hsi … --scene …", *args.overrides]),
         "note": list(NOTES),
-        "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}",
         "target": "paired difference to its own random weights above 0 (95 %); median over seeds at least "
         f"{100 * POINTS:g} points of kNN or {SHARE} of the linear error removed; mae and selective_mae at least 6 points of kNN",
         "cases": rows,
-        "claims": claims(work),
+        "claims": earlier["claims"] | {name: found for name, found in claims(work).items() if found},
     }  # fmt: skip
 
 
