@@ -165,24 +165,24 @@ class Encoder(nn.Module):
         for date, image in enumerate(images):
             # of dates that are apart each has its time; a series has all of them
             time = times[date] if self.dates > 1 else torch.stack(times, dim=1) if len(times) > 1 else times[0]
-            by_date.append(
-                self._levels(image, Context(self.wavelength_nm, gsd_m, lat, lon, time, torch.zeros_like(gsd_m).float()))
-            )
+            context = Context(self.wavelength_nm, gsd_m, lat, lon, time, torch.zeros_like(gsd_m).float())
+            by_date.append(encode_levels(self.backbone, image, context, self.several)[1])
         if self.dates == 1:
             return by_date[0]
         return [(a - b).abs() for a, b in zip(*by_date, strict=True)]
 
-    def _levels(self, image_bchw: Tensor, context: Context) -> list[Tensor]:
-        backbone = self.backbone
-        tokens = backbone.tokenize(image_bchw, context)
-        taps = tuple(-(-backbone.depth * quarter // 4) - 1 for quarter in (1, 2, 3))
-        features = backbone.encode(tokens, taps=taps if self.several else ())
-        maps = [features.maps[stride] for stride in sorted(features.maps)]
-        if not self.several or len(maps) > 1:
-            return maps
-        groups, rows, columns = prod(tokens.grid[:2]), *tokens.grid[2:]
-        each = [features.taps[tap][:, -groups * rows * columns :] for tap in taps]
-        return [x.unflatten(1, (groups, rows, columns)).mean(dim=1).permute(0, 3, 1, 2) for x in each] + maps
+
+def encode_levels(backbone: Backbone, image_bchw: Tensor, context: Context, several: bool) -> tuple[Tensor, list[Tensor]]:
+    """Pooled features (B, D), and the maps of an `Encoder`."""
+    tokens = backbone.tokenize(image_bchw, context)
+    taps = tuple(-(-backbone.depth * quarter // 4) - 1 for quarter in (1, 2, 3))
+    features = backbone.encode(tokens, taps=taps if several else ())
+    maps = [features.maps[stride] for stride in sorted(features.maps)]
+    if not several or len(maps) > 1:
+        return features.pooled, maps
+    groups, rows, columns = prod(tokens.grid[:2]), *tokens.grid[2:]
+    each = [features.taps[tap][:, -groups * rows * columns :] for tap in taps]
+    return features.pooled, [x.unflatten(1, (groups, rows, columns)).mean(dim=1).permute(0, 3, 1, 2) for x in each] + maps
 
 
 def encoder(loaded: Loaded, backbone: Backbone, contract: InputContract, *, dates: int = 1, several: bool = False) -> Encoder:
