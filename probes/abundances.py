@@ -41,8 +41,10 @@ def abundances(bench: Bench, scene: Scene, guard: int, count: int, first: int, s
     patch = patches(scene, rows, columns, loaded.size)
     spectrum = np.ascontiguousarray(scene.pixels[:, rows, columns].numpy().T)
     inputs = {
-        "backbone": features(pooled(loaded, loaded.backbone, scene, wavelengths), patch, len(rows)),
-        "random initialisation": features(pooled(loaded, untrained(loaded, bench.seed), scene, wavelengths), patch, len(rows)),
+        "backbone": features(pooled(loaded, loaded.backbone, scene, wavelengths), patch, len(rows), bench.precision),
+        "random initialisation": features(
+            pooled(loaded, untrained(loaded, bench.seed), scene, wavelengths), patch, len(rows), bench.precision
+        ),
         "statistics": patch_statistics(patch, len(rows)),
         "raw spectrum": spectrum,
         "PCA-30": spectrum,
@@ -64,7 +66,10 @@ def abundances(bench: Bench, scene: Scene, guard: int, count: int, first: int, s
             errors.setdefault("from scratch", []).append(np.square(predicted - known.shares[test]).mean(axis=0))
     rmse = {name: np.sqrt(np.stack(found).mean(axis=1)) for name, found in errors.items()}
     alone = np.full(count, -1)
-    table = [Row(name, {"rmse": float(found.mean())}, {"rmse": interval(found, alone)}) for name, found in rmse.items()]
+    table = [
+        Row(name, {"rmse": float(found.mean())}, {"rmse": interval(found, alone)} if count > 1 else {})
+        for name, found in rmse.items()
+    ]
     settings = {
         "protocol": f"blocks of {BLOCK} px, half for train, guard of {guard} px", "splits": count, "first_split": first,
         "regression": "ridge on standardised features, shares cut at 0 and made to sum to 1",
@@ -82,7 +87,7 @@ def abundances(bench: Bench, scene: Scene, guard: int, count: int, first: int, s
         },
     }
     pictures = {"map": picture([[grey(share) for share in one] for one in (np.nan_to_num(scene.shares), shown)])}
-    return Result(table, settings, details, pictures)
+    return Result(table, settings, details, pictures, within=True)
 
 
 def _ridge(

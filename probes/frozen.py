@@ -162,7 +162,7 @@ def preprocessing(bench: Bench, judge: Callable[[Parts], Judged], pick: Pick | N
     contract = require_contract(bench.loaded, bench.readers["train"])
     target = bench.readers["train"].contracts[contract.modality]
     native = (target.height, target.width)
-    sizes: dict[str, tuple[int, int] | None] = {"native": None, "pretraining": bench.loaded.size, "2×": None}
+    sizes: dict[str, tuple[int, int] | None] = {"native": None, "pretraining": bench.trained_at or bench.loaded.size, "2×": None}
     if native[0] and native[1]:
         sizes["native"] = fitting_size(bench.loaded, native[0], native[1])
         sizes["2×"] = fitting_size(bench.loaded, 2 * native[0], 2 * native[1])

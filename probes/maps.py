@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context, create
 from swath.hub.load import Loaded
+from swath.pretrain.precision import Precision, autocast
 from swath.probes.confusion import IGNORE
 from swath.probes.features import Features
 from swath.probes.linear import held_out
+from swath.probes.statistics import waves
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.manifest import LabelMap
@@ -148,14 +150,14 @@ class Encoder(nn.Module):
     """Images and places as in `Tiles` → feature maps, finest first: of two dates, how far they differ.
 
     With `several` there are at least four levels: a pyramid's own, else what passes after each quarter of the blocks, whose
-    strides the head sets apart. Otherwise it is all maps that the backbone declares.
+    strides the head sets apart. Otherwise it is all maps that the backbone declares. Where and when are withheld unless `told`.
     """
 
     wavelength_nm: Tensor
 
-    def __init__(self, backbone: Backbone, wavelength_nm: Tensor, dates: int, several: bool) -> None:
+    def __init__(self, backbone: Backbone, wavelength_nm: Tensor, dates: int, several: bool, told: bool) -> None:
         super().__init__()
-        self.backbone, self.dates, self.several = backbone, dates, several
+        self.backbone, self.dates, self.several, self.told = backbone, dates, several, told
         self.register_buffer("wavelength_nm", wavelength_nm)
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -165,7 +167,8 @@ class Encoder(nn.Module):
         for date, image in enumerate(images):
             # of dates that are apart each has its time; a series has all of them
             time = times[date] if self.dates > 1 else torch.stack(times, dim=1) if len(times) > 1 else times[0]
-            context = Context(self.wavelength_nm, gsd_m, lat, lon, time, torch.zeros_like(gsd_m).float())
+            where = (lat, lon, time) if self.told else (None, None, None)
+            context = Context(self.wavelength_nm, gsd_m, *where, torch.zeros_like(gsd_m).float())
             by_date.append(encode_levels(self.backbone, image, context, self.several)[1])
         if self.dates == 1:
             return by_date[0]
@@ -185,10 +188,12 @@ def encode_levels(backbone: Backbone, image_bchw: Tensor, context: Context, seve
     return features.pooled, [x.unflatten(1, (groups, rows, columns)).mean(dim=1).permute(0, 3, 1, 2) for x in each] + maps
 
 
-def encoder(loaded: Loaded, backbone: Backbone, contract: InputContract, *, dates: int = 1, several: bool = False) -> Encoder:
+def encoder(
+    loaded: Loaded, backbone: Backbone, contract: InputContract, *, dates: int = 1, several: bool = False, told: bool = False
+) -> Encoder:
     nanometres = [float("nan") if band.wavelength_nm is None else band.wavelength_nm for band in contract.bands]
     wavelength_nm = torch.tensor(nanometres, dtype=torch.float64, device=next(loaded.backbone.parameters()).device)
-    return Encoder(backbone, wavelength_nm, dates, several)
+    return Encoder(backbone, wavelength_nm, dates, several, told)
 
 
 def inputs_of(tiles: Tiles) -> list[Tensor]:
@@ -196,11 +201,17 @@ def inputs_of(tiles: Tiles) -> list[Tensor]:
     return [*tiles.images, *tiles.places]
 
 
-def extract_maps(of: Encoder, tiles: Tiles) -> list[Tensor]:
-    """The feature maps of all tiles, fp32, on the CPU. InputError where they are not finite."""
+def place_maps(tiles: Tiles, dataset: str) -> list[Tensor]:
+    """Where each tile lies and nothing else, as a map of one place (N, 36, 1, 1). InputError where one has no place."""
+    _, lat, lon, *_ = tiles.places
+    return [torch.from_numpy(waves(lat.numpy(), lon.numpy(), dataset))[:, :, None, None]]
+
+
+def extract_maps(of: Encoder, tiles: Tiles, precision: Precision = "fp32") -> list[Tensor]:
+    """The feature maps of all tiles, computed in `precision`, fp32, on the CPU. InputError where they are not finite."""
     device, inputs = of.wavelength_nm.device, inputs_of(tiles)
     made: list[list[Tensor]] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(precision, device):
         for first in range(0, len(tiles), BATCH):
             made.append([x.float().cpu() for x in of([x[first : first + BATCH].to(device) for x in inputs])])
     levels = [torch.cat(level) for level in zip(*made, strict=True)]

@@ -1,29 +1,55 @@
 """Pictures of dense probes: samples beside their labels and what was predicted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from swath.pretrain.pictures import display_bands
 from swath.probes.confusion import IGNORE
 from swath.shards.bands import InputContract
 
 _SIDE, _GAP = 160, 4  # px of a tile, between tiles
+_OPACITY = 0.6  # of classes over an image
 
 
 def overlays(
-    contract: InputContract, columns: Sequence[np.ndarray], classes: Sequence[np.ndarray], samples: int = 6
+    contract: InputContract,
+    columns: Sequence[np.ndarray],
+    classes: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    samples: int = 6,
 ) -> Image.Image:
-    """A row for each of the first samples: the images of `columns` (N, C, h, w), normalised, in their colours, then the class
-    numbers of `classes` (N, h, w), IGNORE black."""
+    """A row for each of the first samples: the images of `columns` (N, C, h, w), normalised, in their colours, then each of
+    `classes`, class numbers (N, h, w), laid over the last image, which shows through where they are IGNORE. Below, what the
+    columns are and which colour is which of `names`."""
     pick, rows = display_bands(contract.bands), []
     for number in range(min(samples, len(columns[0]))):
         shown = [_stretched(images[number][pick]) for images in columns]
-        shown += [coloured(numbers[number]) for numbers in classes]
-        rows.append(shown)
-    return picture(rows)
+        rows.append(shown + [_over(shown[-1], numbers[number]) for numbers in classes.values()])
+    titles = [f"date {n + 1}" if len(columns) > 1 else "image" for n in range(len(columns))] + list(classes)
+    return _with_legend(picture(rows), titles, names)
+
+
+def _over(image_hw3: np.ndarray, numbers_hw: np.ndarray) -> np.ndarray:
+    mixed = image_hw3 * (1 - _OPACITY) + coloured(numbers_hw) * _OPACITY
+    return np.where((numbers_hw == IGNORE)[..., None], image_hw3, mixed).astype(np.uint8)
+
+
+def _with_legend(sheet: Image.Image, titles: Sequence[str], names: Sequence[str]) -> Image.Image:
+    line, wide = 14, sheet.width // 2
+    made = Image.new("RGB", (sheet.width, sheet.height + line * (2 + (len(names) + 1) // 2)), "white")
+    made.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(made)
+    for column, title in enumerate(titles):
+        draw.text((column * (_SIDE + _GAP) + 2, sheet.height + 1), title, fill="black")
+    for number, name in enumerate(names):
+        left, top = number % 2 * wide + 2, sheet.height + line * (1 + number // 2) + 4
+        red, green, blue = coloured(np.array([[number]]))[0, 0].tolist()
+        draw.rectangle((left, top, left + 10, top + 10), fill=(red, green, blue))
+        draw.text((left + 15, top), name[: wide // 7], fill="black")
+    return made
 
 
 def picture(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:

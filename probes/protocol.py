@@ -17,7 +17,7 @@ def transductive(loaded: Loaded, test: ShardReader, pretrained_on: Sequence[Path
     """(whether pretraining saw samples of `test`, how that is known); None where it cannot be told.
 
     Sample ids are compared with those of `pretrained_on`, else of the run's own data sets where they can still be read; else the
-    checksums of shards that the checkpoint lists.
+    checksums of shards that the checkpoint lists. Of weights that a run started from (`train.init`) it does not know the data.
     """
     folders = [str(folder) for folder in pretrained_on] or _trained_on(loaded.origin.get("config", {}))
     readers, unread = [], 0
@@ -34,8 +34,11 @@ def transductive(loaded: Loaded, test: ShardReader, pretrained_on: Sequence[Path
     listed = {shard[-1] for shard in loaded.shards}
     if same := sum(shard.sha256 in listed for shard in test.manifest.shards):
         return True, f"{same} shards of test are among those that it was pretrained on"
-    if folders and not unread:
+    began = not pretrained_on and (loaded.origin.get("config", {}).get("train") or {}).get("init")
+    if folders and not unread and not began:
         return False, "no sample id of test is in the data that it was pretrained on"
+    if began and folders and not unread:
+        return None, "it started from other weights (train.init), whose data it does not know; --pretrained-on says what all saw"
     return None, "the data that it was pretrained on cannot be read here; --pretrained-on says where they are"
 
 

@@ -125,6 +125,7 @@ def _bench(tasks: list[Task], backbone: Path | str, folders: dict[str, Path | st
     readers = {part: ShardReader(folder) for part, folder in folders.items() if folder is not None}
     for task, reader in product(tasks, readers.values()):
         (task.require or require_contract)(loaded, reader)
+    trained_at = loaded.size
     if size is not None:
         if size < 1:
             raise InputError(f"--size must be at least 1 pixel, not {size}")
@@ -133,7 +134,7 @@ def _bench(tasks: list[Task], backbone: Path | str, folders: dict[str, Path | st
             loaded.backbone.grid(size, size)
         except ValueError as error:
             raise InputError(str(error)) from None
-    return Bench(loaded, readers)
+    return Bench(loaded, readers, trained_at=trained_at)
 
 
 def _told(task: Task, values: Any, bench: Bench, result: Result, seen: tuple[bool | None, str]) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def _told(task: Task, values: Any, bench: Bench, result: Result, seen: tuple[boo
     device = next(loaded.backbone.parameters()).device.type
     for row in result.rows:
         row.transductive = seen[0] if row.name.startswith(TOUCHED) else False
+    others = [part for part in readers if part != "test" and not result.within]
     first = result.rows[0]
     metric = next(iter(first.metrics))
     return {
@@ -150,7 +152,8 @@ def _told(task: Task, values: Any, bench: Bench, result: Result, seen: tuple[boo
         "metric": metric,
         **first.metrics,
         "interval": list(first.interval[metric]) if metric in first.interval else None,
-        "interval_method": f"95 % block bootstrap, {REPLICATES} replicates, seed {SEED}",
+        "interval_method": result.settings.get("interval_method", "95 % block bootstrap")
+        + f", {REPLICATES} replicates, seed {SEED}",
         "rows": [_row(row) for row in result.rows],
         **result.details,
         "settings": {
@@ -164,7 +167,7 @@ def _told(task: Task, values: Any, bench: Bench, result: Result, seen: tuple[boo
         "protocol": PROTOCOL,
         "transductive": seen[0],
         "transductive_because": seen[1],
-        "test_samples_also_in": {part: overlap(readers[part], readers["test"]) for part in readers if part != "test"},
+        "test_samples_also_in": {part: overlap(readers[part], readers["test"]) for part in others},
         "datasets": {part: reader.manifest.dataset for part, reader in readers.items()},
         "bands": list(contract.names),
         "backbone": {"name": loaded.name, **_origin(loaded)},

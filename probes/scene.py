@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Context
 from swath.hub.load import Loaded
+from swath.pretrain.precision import Precision, autocast
 from swath.probes.maps import contract_of
 from swath.shards.draw import hashes
 from swath.shards.errors import InputError
@@ -181,10 +182,10 @@ def pooled(loaded: Loaded, backbone: Backbone, scene: Scene, wavelength_nm: Sequ
     return Pooled(backbone, wavelength_nm, scene.gsd_m).to(next(loaded.backbone.parameters()).device)
 
 
-def features(of: Pooled, patch: Callable[[slice], Tensor], count: int) -> np.ndarray:
-    """(count, D) float32 of the patches of pixels. InputError where they are not finite."""
+def features(of: Pooled, patch: Callable[[slice], Tensor], count: int, precision: Precision = "fp32") -> np.ndarray:
+    """(count, D) float32 of the patches of pixels, computed in `precision`. InputError where they are not finite."""
     made = []
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(precision, of.wavelength_nm.device):
         for first in range(0, count, _BATCH):
             images = patch(slice(first, first + _BATCH)).contiguous().to(of.wavelength_nm.device)
             made.append(of([images])[0][:, :, 0, 0].float().cpu().numpy())

@@ -24,9 +24,9 @@ from swath.shards.reader import ShardReader
 @dataclass
 class Bench:
     """What a task works on: the frozen backbone, and readers of "train", "test" and, where it is given, "val", whose contracts
-    have been compared with the backbone's. `seed` is of every random choice, `precision` of the backbone; `context` says whether
-    a backbone is told where and when. Features are kept in `cache`, where there is one, and in `memory`; `seconds` that they and
-    training took."""
+    have been compared with the backbone's. `trained_at` is the size of its contract, where another was asked for. `seed` is of
+    every random choice, `precision` of the backbone; `context` says whether a backbone is told where and when. Features are kept
+    in `cache`, where there is one, and in `memory`; `seconds` that they and training took."""
 
     loaded: Loaded
     readers: dict[str, ShardReader]
@@ -35,6 +35,7 @@ class Bench:
     precision: Precision = "fp32"
     context: bool = False
     cache: Path | None = None
+    trained_at: tuple[int, int] | None = None
     memory: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "training": 0.0})
 
@@ -54,12 +55,14 @@ class Row:
 class Result:
     """rows: the backbone first (named "backbone"), then what it must be compared with ("random initialisation", "statistics",
     "from scratch", …); the first metric is the task's own. settings: what was chosen or given; details: JSON of what more there
-    is (confusion, recall); pictures: by file name without its ending."""
+    is (confusion, recall); pictures: by file name without its ending; `within`: the task itself split the samples of train, which
+    are those of test too."""
 
     rows: list[Row]
     settings: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Image] = field(default_factory=dict)
+    within: bool = False
 
 
 Require = Callable[[Loaded, ShardReader], InputContract]

@@ -225,7 +225,7 @@ class DropPath:
 
     def _hook(self, number: int) -> Callable[..., Tensor | None]:
         def hook(block: nn.Module, given: tuple[Any, ...], made: Any) -> Tensor | None:
-            x = given[0] if given else None
+            x: Any = given[0] if given else None
             if self.kept is None or not isinstance(x, Tensor) or not isinstance(made, Tensor) or x.shape != made.shape:
                 return None
             if len(x) != len(self.kept):

@@ -66,7 +66,7 @@ class Tuned:
         said = [
             "tuned", what, key_of(self.loaded, readers["train"], self.rows, self.bench),
             key_of(self.loaded, readers[part], numbers, self.bench), dataclasses.asdict(self.tuning), self.lr_per_256, self.seed,
-            hashlib.sha256(np.ascontiguousarray(self.wanted)).hexdigest(), list(self.wanted.shape),
+            hashlib.sha256(self.wanted.tobytes()).hexdigest(), list(self.wanted.shape),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

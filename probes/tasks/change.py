@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,12 +13,27 @@ from swath.backbones.base import Backbone
 from swath.hub.load import Loaded
 from swath.probes.confusion import IGNORE, accuracy, confusions, f1, interval
 from swath.probes.dense import Fitted, Judge, Model, fitted, from_scratch, frozen
-from swath.probes.maps import Tiles, contract_of, encoder, extract_maps, held, inputs_of, label_map, read_tiles, untrained
+from swath.probes.maps import (
+    Tiles,
+    contract_of,
+    encoder,
+    extract_maps,
+    held,
+    inputs_of,
+    label_map,
+    place_maps,
+    read_tiles,
+    untrained,
+)
 from swath.probes.overlays import overlays
 from swath.probes.task import Bench, Result, Row, task
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.reader import ShardReader
+
+ROWS = (
+    "backbone", "backbone, told place and time", "random initialisation", "statistics", "place only", "from scratch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,9 @@ class Options:
     changed: str = field(default="changed", metadata={"help": "the class of that map that F1 is of (changed)"})
     steps: int = field(default=1000, metadata={"help": "steps that a head is trained for, of 16 pairs (1000)"})
     scratch_steps: int = field(default=1000, metadata={"help": "steps from random weights; 0 leaves that row out (1000)"})
+    context: bool = field(
+        default=False, metadata={"help": "rows with the backbone told place and time, and of place alone; off by default"}
+    )
 
 
 def require_pairs(loaded: Loaded, reader: ShardReader) -> InputContract:
@@ -61,12 +80,18 @@ def run(bench: Bench, options: Options) -> Result:
     contract, device = contract_of(loaded, readers["train"]), next(loaded.backbone.parameters()).device
     build = partial(encoder, loaded, contract=contract, dates=2)
 
-    def of(backbone: Backbone) -> Model:
-        levels = {part: extract_maps(build(backbone), some) for part, some in tiles.items()}
+    def of(backbone: Backbone, told: bool = False) -> Model:
+        levels = {part: extract_maps(build(backbone, told=told), some, bench.precision) for part, some in tiles.items()}
         return frozen(levels, "linear", 1, options.steps, device)
 
+    where = {part: place_maps(some, readers[part].manifest.dataset) for part, some in tiles.items()} if options.context else {}
     first = of(loaded.backbone)
-    models: dict[str, Model] = {"backbone": first, "random initialisation": of(untrained(loaded, bench.seed))}
+    models: dict[str, Model] = {"backbone": first}
+    if options.context:
+        models["backbone, told place and time"] = of(loaded.backbone, told=True)
+    models["random initialisation"] = of(untrained(loaded, bench.seed))
+    if where:
+        models["place only"] = frozen(where, "linear", 1, options.steps, device)
     if options.scratch_steps:
         inputs = {part: inputs_of(some) for part, some in tiles.items()}
         widths = [level.shape[1] for level in first.inputs["train"]]
@@ -79,8 +104,8 @@ def run(bench: Bench, options: Options) -> Result:
     truth, block = tiles["test"].target.numpy(), tiles["test"].block
     if not (truth == 1).any():
         raise InputError("no pixel of test has changed, so there is no F1 of change")
-    rows, details = [], {}
-    for name in ("backbone", "random initialisation", "statistics", "from scratch"):
+    rows, by_row = [], {}
+    for name in ROWS:
         if name not in made:
             continue
         counts = confusions(truth, made[name].test >= made[name].settings["threshold"], 2)
@@ -90,21 +115,21 @@ def run(bench: Bench, options: Options) -> Result:
             "f1": f1(total), "precision": hit / called if called else None, "recall": hit / there, "accuracy": accuracy(total),
         }  # fmt: skip
         rows.append(Row(name, metrics, {"f1": interval(counts, block, f1)}))
-        details[name] = {"confusion": total.tolist()}
+        by_row[name] = {"confusion": total.tolist()}
     shown = np.argsort(-(truth == 1).sum(axis=(1, 2)), kind="stable")[:6]  # where there is something to see
     called = (made["backbone"].test >= made["backbone"].settings["threshold"]).astype(np.uint8)
     dates = [each[shown].numpy() for each in tiles["test"].pixels]
     settings = {
         "features": "absolute difference of the two dates' maps, linear head",
         "labels": options.labels, "changed": options.changed,
-        "statistics": "change vector analysis: length of the difference of the normalised bands of a pixel",
+        "statistics": "change vector analysis: length of the difference of a pixel's bands, each over its deviation in train",
         "interval_method": "95 % block bootstrap of the samples' confusion matrices",
         "rows": {name: one.settings for name, one in made.items()},
         **{f"n_{part}": len(some) for part, some in tiles.items()},
         "test_pixels": int((truth != IGNORE).sum()), "changed_pixels": int((truth == 1).sum()),
     }  # fmt: skip
-    pictures = {"overlays": overlays(contract, dates, [truth[shown], called[shown]])}
-    return Result(rows, settings, {"classes": list(names), **details}, pictures)
+    pictures = {"overlays": overlays(contract, dates, {"labels": truth[shown], "predicted": called[shown]}, names)}
+    return Result(rows, settings, {"classes": list(names), "by_row": by_row}, pictures)
 
 
 def _names(reader: ShardReader, options: Options) -> tuple[str, str]:
@@ -120,8 +145,12 @@ def _names(reader: ShardReader, options: Options) -> tuple[str, str]:
 def magnitudes(tiles: dict[str, Tiles]) -> Fitted:
     """Change vector analysis (Malila 1980), its threshold chosen as those of the others are."""
 
+    # of train: what the backbone's normalisation has seen has no part in this row
+    std_c = torch.cat(tiles["train"].pixels).double().std(dim=(0, 2, 3), correction=0)
+    std_c = torch.where(std_c > 0, std_c, 1.0).float()[:, None, None]
+
     def length(some: Tiles) -> np.ndarray:
-        return (some.pixels[1] - some.pixels[0]).square().sum(dim=1).sqrt().numpy()
+        return ((some.pixels[1] - some.pixels[0]) / std_c).square().sum(dim=1).sqrt().numpy()
 
     if "val" in tiles:
         some, truth = length(tiles["val"]), tiles["val"].target.numpy()

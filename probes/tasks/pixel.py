@@ -100,7 +100,7 @@ def run(bench: Bench, options: Options) -> Result:
         Row(
             name,
             {metric: float(found[metric].mean()) if metric in found else None for metric in names},
-            {metric: interval(found[metric], alone) for metric in found if metric.startswith("oa")},
+            {metric: interval(found[metric], alone) for metric in found if metric.startswith("oa") and len(rounds) > 1},
         )
         for name, found in values.items()
     ]
@@ -124,7 +124,7 @@ def run(bench: Bench, options: Options) -> Result:
         "by_split": {name: {metric: found[metric].tolist() for metric in found} for name, found in values.items()},
     }  # fmt: skip
     pictures = {"confusion": confusion(total, source.classes), "map": picture([[coloured(truth), coloured(shown)]])}
-    return Result(rows, settings, details, pictures)
+    return Result(rows, settings, details, pictures, within)
 
 
 def _counts(options: Options) -> tuple[int, ...]:
@@ -147,8 +147,10 @@ def _pixels(bench: Bench, scene: Scene, classes: tuple[str, ...]) -> Pixels:
     loaded, wavelengths = bench.loaded, [band.wavelength_nm for band in contract_of(bench.loaded, bench.readers["train"]).bands]
     patch, count = patches(scene, rows, columns, loaded.size), len(rows)
     known = {
-        "backbone": features(pooled(loaded, loaded.backbone, scene, wavelengths), patch, count),
-        "random initialisation": features(pooled(loaded, untrained(loaded, bench.seed), scene, wavelengths), patch, count),
+        "backbone": features(pooled(loaded, loaded.backbone, scene, wavelengths), patch, count, bench.precision),
+        "random initialisation": features(
+            pooled(loaded, untrained(loaded, bench.seed), scene, wavelengths), patch, count, bench.precision
+        ),
         "statistics": patch_statistics(patch, count),
         "spectrum": np.ascontiguousarray(scene.pixels[:, rows, columns].numpy().T),
     }

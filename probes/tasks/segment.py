@@ -12,7 +12,7 @@ from torch import Tensor
 from swath.backbones.base import Backbone
 from swath.probes.confusion import IGNORE, accuracy, confusions, interval, mean_overlap, mean_recall, overlaps
 from swath.probes.dense import Judge, Model, fitted, from_scratch, frozen
-from swath.probes.maps import class_names, contract_of, encoder, extract_maps, inputs_of, read_tiles, untrained
+from swath.probes.maps import class_names, contract_of, encoder, extract_maps, inputs_of, place_maps, read_tiles, untrained
 from swath.probes.overlays import overlays
 from swath.probes.pictures import confusion
 from swath.probes.task import Bench, Result, Row, task
@@ -30,6 +30,9 @@ class Options:
     labels: str = field(default="landcover", metadata={"help": "name of the label map (landcover)"})
     steps: int = field(default=1000, metadata={"help": "steps that a head is trained for, of 16 chips (1000)"})
     scratch_steps: int = field(default=1000, metadata={"help": "steps from random weights; 0 leaves that row out (1000)"})
+    context: bool = field(
+        default=False, metadata={"help": "rows with the backbone told place and time, and of place alone; off by default"}
+    )
 
 
 @task("segment", Options, "a class for every pixel: mIoU of a linear or UPerNet-like head on frozen maps")
@@ -50,16 +53,22 @@ def run(bench: Bench, options: Options) -> Result:
     build = partial(encoder, loaded, contract=contract, several=several)
     judge = Judge(_loss, _classes, lambda predicted, truth: (mean_overlap(confusions(truth, predicted, len(names)).sum(0)), {}))
 
-    def of(backbone: Backbone) -> Model:
-        levels = {part: extract_maps(build(backbone), some) for part, some in tiles.items()}
+    def of(backbone: Backbone, told: bool = False) -> Model:
+        levels = {part: extract_maps(build(backbone, told=told), some, bench.precision) for part, some in tiles.items()}
         return frozen(levels, options.head, len(names), options.steps, device)
 
+    where = {part: place_maps(some, readers[part].manifest.dataset) for part, some in tiles.items()} if options.context else {}
     first = of(loaded.backbone)
     widths = [level.shape[1] for level in first.inputs["train"]]
-    models = {"backbone": first, "random initialisation": of(untrained(loaded, bench.seed))}
+    models = {"backbone": first}
+    if options.context:
+        models["backbone, told place and time"] = of(loaded.backbone, told=True)
+    models["random initialisation"] = of(untrained(loaded, bench.seed))
     models["statistics"] = frozen(
         {part: [some.pixels[0]] for part, some in tiles.items()}, "linear", len(names), options.steps, device
     )
+    if where:
+        models["place only"] = frozen(where, "linear", len(names), options.steps, device)
     if options.scratch_steps:
         inputs = {part: inputs_of(some) for part, some in tiles.items()}
         models["from scratch"] = from_scratch(
@@ -67,7 +76,7 @@ def run(bench: Bench, options: Options) -> Result:
         )
     truth, block = tiles["test"].target.numpy(), tiles["test"].block
     rows, chosen, pictures = [], {}, {}
-    details: dict[str, Any] = {"classes": list(names)}
+    by_row: dict[str, Any] = {}
     for name, model in models.items():
         made = fitted(model, tiles, judge, bench.seed)
         counts = confusions(truth, made.test, len(names))
@@ -76,10 +85,12 @@ def run(bench: Bench, options: Options) -> Result:
         rows.append(Row(name, metrics, {"miou": interval(counts, block, mean_overlap)}))
         chosen[name] = made.settings
         found = [None if np.isnan(x) else float(x) for x in overlaps(total)]
-        details[name] = {"iou": dict(zip(names, found, strict=True)), "confusion": total.tolist()}
+        by_row[name] = {"iou": dict(zip(names, found, strict=True)), "confusion": total.tolist()}
         if name == "backbone":
             pictures["confusion"] = confusion(total, names)
-            pictures["overlays"] = overlays(contract, [tiles["test"].pixels[0].numpy()], [truth, made.test])
+            pictures["overlays"] = overlays(
+                contract, [tiles["test"].pixels[0].numpy()], {"labels": truth, "predicted": made.test}, names
+            )
     settings = {
         "head": options.head, "labels": options.labels, "ignored": "0 and codes without a name", "rows": chosen,
         "statistics": "logistic regression on the bands of each pixel, normalised",
@@ -87,7 +98,7 @@ def run(bench: Bench, options: Options) -> Result:
         **{f"n_{part}": len(some) for part, some in tiles.items()},
         "test_pixels": int((truth != IGNORE).sum()),
     }  # fmt: skip
-    return Result(rows, settings, details, pictures)
+    return Result(rows, settings, {"classes": list(names), "by_row": by_row}, pictures)
 
 
 def _loss(logits_bkhw: Tensor, target_bhw: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_segment(dates: Path) -> None:
     # one matrix over all pixels of test that have a label
     reader = given.readers["test"]
     labelled = sum(int((reader.label_map(n, "landcover") > 0).sum()) for n in range(len(reader)))  # type: ignore[operator]
-    assert np.sum(made.details["backbone"]["confusion"]) == labelled == made.settings["test_pixels"]
+    assert np.sum(made.details["by_row"]["backbone"]["confusion"]) == labelled == made.settings["test_pixels"]
     assert set(made.pictures) == {"confusion", "overlays"} and made.settings["rows"]["backbone"]["chosen_on"] == "val"
     again = segment.run(bench(dates), options)
     assert again.rows == made.rows and again.details == made.details  # bit for bit
@@ -109,6 +109,37 @@ def test_segment(dates: Path) -> None:
         segment.run(given, replace(options, head="conv"))
     with pytest.raises(InputError, match=r"no label map .buildings. .it has landcover"):
         segment.run(given, replace(options, labels="buildings"))
+
+
+def test_place_and_time_are_withheld_unless_asked_for(dates: Path, pairs: Path) -> None:
+    reader = ShardReader(dates / "test")
+    loaded = backbone(reader, 16, **TINY, context=True)
+    contract = next(iter(loaded.contracts.values()))
+    tiles = read_tiles(loaded, reader, "landcover", list(reader.manifest.maps["landcover"].classes.values()))
+    bare, told = (extract_maps(encoder(loaded, loaded.backbone, contract, told=given), tiles)[0] for given in (False, True))
+    assert not torch.allclose(bare, told)
+    moved = replace(tiles, places=[tiles.places[0], *(place + 1 for place in tiles.places[1:])])
+    assert torch.equal(extract_maps(encoder(loaded, loaded.backbone, contract), moved)[0], bare)
+    half = extract_maps(encoder(loaded, loaded.backbone, contract), tiles, "bf16")[0]
+    assert not torch.equal(half, bare) and torch.allclose(half, bare, atol=0.1)
+    for task, folder in ((segment, dates), (change, pairs)):
+        made = task.run(bench(folder), task.Options(steps=1, scratch_steps=0, context=True))
+        assert [row.name for row in made.rows] == [
+            "backbone", "backbone, told place and time", "random initialisation", "statistics", "place only",
+        ]  # fmt: skip
+
+
+def test_what_a_backbone_normalises_by_has_no_part_in_change_vectors(pairs: Path) -> None:
+    given = bench(pairs)
+    (contract,) = given.loaded.contracts.values()
+    rule = contract.normalisation
+    other = contract.model_copy(update={"normalisation": rule.model_copy(update={"std": tuple(7 * s for s in rule.std[::-1])})})
+    names, found = ("unchanged", "changed"), []
+    for one in (contract, other):
+        loaded = replace(given.loaded, contracts={one.modality: one})
+        parts = {part: read_tiles(loaded, reader, "change", names, apart=True) for part, reader in given.readers.items()}
+        found.append(change.magnitudes(parts).test)
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-3)
 
 
 def test_segment_without_val_and_with_upernet(dates: Path) -> None:
@@ -121,7 +152,7 @@ def test_change(pairs: Path) -> None:
     options = change.Options(steps=25, scratch_steps=2)
     made = change.run(bench(pairs), options)
     assert [row.name for row in made.rows] == ["backbone", "random initialisation", "statistics", "from scratch"]
-    total = np.array(made.details["backbone"]["confusion"])
+    total = np.array(made.details["by_row"]["backbone"]["confusion"])
     assert total.sum() == made.settings["test_pixels"] and total[1].sum() == made.settings["changed_pixels"] > 0
     assert made.rows[0].metrics["f1"] == pytest.approx(2 * total[1, 1] / (total[1].sum() + total[:, 1].sum()))
     assert change.run(bench(pairs), options).rows == made.rows

@@ -27,6 +27,7 @@ def test_dense_tasks_of_scenes(task: str, pairs: bool, metric: str, tmp_path: Pa
     assert code == 0, capsys.readouterr().err
     told, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert told["metric"].lower() == metric and "random initialisation" in shown and "from scratch" in shown
+    assert told["by_row"]["backbone"]["confusion"] and told["backbone"]["name"]
     assert out.with_name(f"{task}-overlays.png").stat().st_size > 500
 
 
@@ -35,5 +36,7 @@ def test_pixels_of_a_scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     flags = ["--per-class", "5", "--splits", "1", "--scratch-steps", "0"]
     code, out = command("pixel", given(shards), {"train": shards, "test": shards}, tmp_path, *flags)
     assert code == 0, capsys.readouterr().err
-    rows = {row["name"] for row in json.loads(out.read_text())["rows"]}
+    told, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert "too" not in shown and told["interval"] is None and told["interval_method"].startswith("95 % bootstrap of the splits")
+    rows = {row["name"] for row in told["rows"]}
     assert "backbone" in rows and "random initialisation" in rows and len(rows) > 4

@@ -32,9 +32,7 @@ def test_a_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, train, test = save_run(loaded(), tmp_path / "run"), make(tmp_path / "train", 64, 0), make(tmp_path / "test", 32, 1)
     began: list[int] = []
     tuned = module.tune
-    monkeypatch.setattr(
-        "swath.probes.tuned.tune", lambda *args, **more: began.append(more["seed"]) or tuned(*args, **more)
-    )
+    monkeypatch.setattr("swath.probes.tuned.tune", lambda *args, **more: began.append(more["seed"]) or tuned(*args, **more))
     result = probe("finetune", run, train, test, cache=tmp_path / "cache", **PLAIN)
     names = [row["name"] for row in result["rows"]]
     assert names == ["backbone", "random initialisation, linear", "statistics, linear", "from scratch"]

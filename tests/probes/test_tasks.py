@@ -180,6 +180,8 @@ def test_the_table_of_preprocessing_marks_the_contract(ask: Probe) -> None:
     assert len(cells) == 12 and next(c["value"] for c in cells if c["contract"]) == result["accuracy"]
     assert {tuple(c["pixels"]) for c in cells if c["size"] == "2×"} == {(32, 32)}
     assert "pretraining (16 × 16)" in table(result) and " *" in table(result)
+    larger = ask("knn", preprocessing_table=True, size=32)["preprocessing"]
+    assert larger == cells  # what was asked for this once is not the contract's
 
 
 def test_normalisations_are_contracts() -> None:
