@@ -21,6 +21,7 @@ from swath.shards.errors import InputError
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {256: 8, 512: 16}
 _ROMA_HEAD = 64  # width of one head of its decoder, whatever the decoder's
+_LARGEST_SIDE = 1 << 14
 
 
 @dataclass
@@ -52,6 +53,20 @@ class Source:
     def said(self, *names: str) -> Any:
         """The first of the script's arguments that is there, None where none is."""
         return next((self.args[name] for name in names if self.args.get(name) is not None), None)
+
+    def number(self, *names: str) -> float | None:
+        """Of what was said; InputError for anything but a finite number."""
+        value = self.said(*names)
+        if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+            return value
+        raise InputError(f"its script's argument {' or '.join(names)} is {str(value)[:40]!r}, which is no number")
+
+    def side(self, *names: str) -> int | None:
+        """Pixels; InputError for what no image has."""
+        value = self.number(*names)
+        if value is None or (value == int(value) and 0 < value <= _LARGEST_SIDE):
+            return None if value is None else int(value)
+        raise InputError(f"its script's argument {' or '.join(names)} is {value}, which is no side of an image in pixels")
 
     def has(self, *fronts: str) -> bool:
         return any(name.startswith(fronts) for name in self.state)
@@ -86,7 +101,7 @@ class Architecture:
     contract: str
     bands: int
     objective: tuple[str, dict[str, Any]] | None = None
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ("head.",)
     dates: int = 1
 
 
@@ -131,7 +146,7 @@ def _decoder(source: Source, table: str = "decoder_pos_embed") -> dict[str, Any]
         "decoder_heads": source.heads(width, "objective.decoder_heads"),
         "mlp_ratio": source.ratio("decoder_blocks.0.mlp.fc1.weight", width),
     }  # fmt: skip
-    if (ratio := source.said("mask_ratio")) is not None:
+    if (ratio := source.number("mask_ratio")) is not None:
         options["mask_ratio"] = float(ratio)
     return options
 
@@ -162,17 +177,16 @@ def of_mae(source: Source) -> Architecture:
 
 def of_selectivemae(source: Source) -> Architecture:
     made = _vit(source, "aerial")
-    made.left_out = selective_mae.DEAD
-    rest = Source(
-        {name: t for name, t in source.state.items() if name.partition(".")[0] not in made.left_out}, source.args, source.asked
-    )
+    made.left_out = (*selective_mae.DEAD, *made.left_out)
+    alive = {name: tensor for name, tensor in source.state.items() if name.partition(".")[0] not in selective_mae.DEAD}
+    rest = Source(alive, source.args, source.asked)
     decoder = _decoder(rest)
     if decoder is None:
         return made
     chosen = source.said("select")
     if isinstance(chosen, dict):  # as the selector is told
         decoder |= {"mask_ratio": 1 - chosen["keep_rate"], "first_ratio": chosen["init_rate"] / chosen["keep_rate"]}
-    if (share := source.said("kept_mask_ratio")) is not None:
+    if (share := source.number("kept_mask_ratio")) is not None:
         decoder["predicted_ratio"] = float(share)
     made.objective = "selective_mae", decoder | _standardised(source, True) | {"compat": "uniform"}
     return made
@@ -267,11 +281,11 @@ def of_less(source: Source) -> Architecture:
     kind = "optical" if inner.has("optical_patch_embed.") else "radar"
     patch = _square(inner.shape(f"{kind}_patch_embed.proj.0.weight", 5), f"{kind}_patch_embed.proj.0.weight")
     sees = inner.said("use_perception_field_mask")
-    reach = 0.0 if sees is False else float(inner.said("attention_radius") or 640)
+    reach = 0.0 if sees is False else float(inner.number("attention_radius") or 640)
     options = {
         "patch": patch, "width": width, "depth": inner.count(r"blocks\.(\d+)\."), **_lattice(inner, "blocks.0.", width),
-        "image_size": inner.said("img_size", "crop_size", "input_size") or 128, "perception_m": reach,
-        "gsd_m": float(inner.said("resolution") or 10), "compat": True,
+        "image_size": inner.side("img_size", "crop_size", "input_size") or 128, "perception_m": reach,
+        "gsd_m": float(inner.number("resolution") or 10), "compat": True,
     }  # fmt: skip
     kinds = [kind for kind in ("optical", "radar") if inner.has(f"{kind}_patch_embed.")]
     made = Architecture(less, options, "+".join(kinds), 0)
@@ -286,7 +300,7 @@ def of_less(source: Source) -> Architecture:
         "decoder_layer_scale": found["layer_scale"], "mlp_ratio": found["mlp_ratio"], "compat": True,
     }  # fmt: skip
     for ours in ("mask_ratio", "channel_mask_ratio"):
-        if (ratio := source.said(ours)) is not None:
+        if (ratio := source.number(ours)) is not None:
             given[ours] = float(ratio)
     if (only := source.said("modal")) is not None:
         given["passes"] = (only,)
@@ -335,7 +349,7 @@ def _column(source: Source, contract: str) -> Architecture:
     if "mask" in source.state:  # the first cluster sees itself only
         seen = int((source.state["mask"][0] == 0).sum())
         options["cluster"] = math.isqrt(seen)
-    made = Architecture(mamba, options, contract, bands, left_out=("head.",))
+    made = Architecture(mamba, options, contract, bands)
     if not source.has(*(name for name in mamba.NOT_OURS if name != "head.")):
         return made
     decoder = source.shape("ar_token", 3)[2]
@@ -370,7 +384,7 @@ def of_vim(source: Source) -> Architecture:
         "image_size": _side(source.shape("pos_embed", 3)[1] - token, patch, "pos_embed"),
         "pool": "class" if token else "mean", **_mixer(source, "layers.0.mixer.", width),
     }  # fmt: skip
-    return Architecture(vim, options, "imagenet", bands, left_out=("head.",))
+    return Architecture(vim, options, "imagenet", bands)
 
 
 def of_vmamba(source: Source) -> Architecture:
@@ -381,7 +395,7 @@ def of_vmamba(source: Source) -> Architecture:
     inner = source.shape(f"{first}op.out_norm.weight", 1)[0]
     states = source.shape(f"{first}op.A_logs", 2)[1]
     options = {
-        "bands": bands, "image_size": source.said("img_size", "input_size") or 224, "width": 2 * half, "depths": depths,
+        "bands": bands, "image_size": source.side("img_size", "input_size") or 224, "width": 2 * half, "depths": depths,
         "states": states, "ratio": inner / width, "gate": source.shape(f"{first}op.in_proj.weight", 2)[0] == 2 * inner,
         "mlp_ratio": source.ratio(f"{first}mlp.fc1.weight", width), "conv_bias": f"{first}op.conv2d.bias" in source.state,
     }  # fmt: skip
@@ -392,7 +406,7 @@ def of_rsmamba(source: Source) -> Architecture:
     inner = Source({n.removeprefix("backbone."): t for n, t in source.state.items()}, source.args, source.asked)
     width, bands, *_ = shape = inner.shape("patch_embed.projection.weight", 4)
     patch = _square(shape, "patch_embed.projection.weight")
-    stride = source.asked.get("stride") or source.said("stride") or patch // 2
+    stride = source.asked.get("stride") or source.side("stride") or patch // 2
     side = math.isqrt(places := inner.shape("pos_embed", 3)[1])
     if side * side != places:
         raise InputError(f"pos_embed has {places} places, which are no square (there is no class token here)")
@@ -407,4 +421,4 @@ def of_rsmamba(source: Source) -> Architecture:
         "depth": inner.count(r"layers\.(\d+)\."), "inner": inner.shape("layers.0.in_proj.weight", 2)[0] // 2,
         "states": inner.shape("layers.0.A_log", 2)[1], "paths": paths, "merge": "mean" if gates is None else "gate",
     }  # fmt: skip
-    return Architecture(rsmamba, options, "aerial", bands, left_out=("head.",))
+    return Architecture(rsmamba, options, "aerial", bands)

@@ -21,11 +21,11 @@ from swath.hub.code import AUTO, exported_code
 from swath.hub.curves import draw
 from swath.hub.history import history
 from swath.hub.licences import identifier
-from swath.hub.load import MODEL_TYPE, Head, Loaded, load_backbone, read_head
+from swath.hub.load import Head, Loaded, load_backbone, read_head
 from swath.hub.timm import FILE as TIMM
 from swath.hub.timm import timm_note, timm_weights
 from swath.kernels.dispatch import OPERATORS, use
-from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
+from swath.pretrain.exported import CONFIG, MODEL_TYPE, OBJECTIVE, WEIGHTS, is_export
 from swath.shards.errors import InputError
 from swath.shards.files import whole_folder, write_bytes, write_json
 from swath.shards.prepare import prepare
@@ -66,7 +66,7 @@ def require_free(to: Path) -> None:
     if to.is_dir() and not any(to.iterdir()):
         return
     if to.exists() or to.is_symlink():
-        what = "holds an export already" if (to / CONFIG).is_file() and (to / WEIGHTS).is_file() else "exists and is not empty"
+        what = "holds an export already" if is_export(to) else "exists and is not empty"
         raise InputError(f"{to} {what}; choose another folder")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from swath.hub.card import without_paths
 from swath.pretrain.checkpoint import FOLDER
-from swath.pretrain.initial import CONFIG
+from swath.pretrain.exported import CONFIG
 from swath.pretrain.record import read_lines
 
 log = logging.getLogger(__name__)

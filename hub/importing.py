@@ -7,12 +7,12 @@ objective.safetensors where the checkpoint has its decoder; and recipe.yaml, whi
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,19 +21,22 @@ from swath.backbones.base import registry
 from swath.hub.architecture import Architecture, Source
 from swath.hub.contracts import agreed
 from swath.hub.export import contracts_of, require_free
+from swath.hub.fill import check_options, in_fp32, listed, misfits, rehearsal
 from swath.hub.kinds import kind_of, load
-from swath.hub.load import MODEL_TYPE, Loaded, load_backbone
+from swath.hub.load import Loaded, load_backbone
 from swath.hub.naming import as_published
 from swath.hub.published import read_published
 from swath.pretrain import objective as objectives
-from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
+from swath.pretrain.exported import CONFIG, MODEL_TYPE, OBJECTIVE, WEIGHTS
 from swath.pretrain.objective import Objective
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.files import whole_folder, write_bytes, write_json
 
 RECIPE = "recipe.yaml"
+_M = TypeVar("_M", bound=nn.Module)
 _TASK = "objective."  # begins options of the objective
+_ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -91,7 +94,9 @@ def read(
         used, note = agreed(found.contract, found.bands, found.dates, bands, contracts)
     except InputError as error:
         raise InputError(f"{path} as {kind}: {error}") from None
-    left_out = [name for name in state if name.removeprefix("backbone.").startswith(found.left_out)] if found.left_out else []
+    except _ODD as error:  # an option or an argument of the script that is nothing of the kind
+        raise InputError(f"{path} as {kind}: its sizes and options do not go together ({_line(error)})") from None
+    left_out = [name for name in state if name.removeprefix("backbone.").startswith(found.left_out)]
     if found.bands == 0:  # any number, so as many as there are in the contract
         found.options["bands"] = sum(contract.channels for contract in used.values())
         found.options["radar"] = sum(contract.channels for contract in used.values() if contract.is_radar)
@@ -121,26 +126,56 @@ def _built(
     """(name of the backbone, backbone, objective, its name and options), filled."""
     name = _name(found)
     try:
+        check_options(registry, name, found.options)
         config = registry.configure(name, **found.options)
-        backbone = registry.entry(name).build(config)
         if config.bands != (seen := sum(contract.channels for contract in used.values())):
             raise ValueError(f"{config.bands} bands are asked for, and the contract has {seen}; --bands or --contract says which")
+        backbone = partial(registry.entry(name).build, config)
         if found.objective is None:
-            _fill(backbone, found.family.from_published(state, config))
-            return name, backbone, None, None
+            kept = {key: tensor for key, tensor in state.items() if not key.removeprefix("backbone.").startswith(found.left_out)}
+            return name, _filled(backbone, lambda _: found.family.from_published(kept, config)), None, None
         task, options = found.objective
-        side = config.image_size
+        check_options(objectives.registry, task, options)
         channels = {contract.modality: contract.channels for contract in used.values()}
-        objective = objectives.build(task, backbone, (side, side), channels, **options)
-        load(_Strict(objective), task, config, state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        text = as_published(" ".join(str(error).split()) or type(error).__name__, found)
-        raise InputError(f"{path} is not {kind} as published: {text}") from None
-    return name, backbone, objective, {"name": task, **_plain(objective.config)}  # type: ignore[attr-defined]
+
+        def around() -> Objective:
+            return objectives.build(task, backbone(), (config.image_size, config.image_size), channels, **options)
+
+        objective = _filled(around, lambda empty: _mapped(empty, task, config, state))
+    except _ODD as error:
+        text = as_published(_line(error), found)
+        raise InputError(f"{path} is not {kind} as published: {text[:600]}") from None
+    return name, objective.backbone, objective, {"name": task, **_plain(objective.config)}  # type: ignore[attr-defined]
 
 
-class _Strict:
-    """An objective to a loader, which fills it last of all: what does not fit is told in a few words."""
+def _filled(make: Callable[[], _M], mapped: Callable[[_M], Mapping[str, Tensor]]) -> _M:
+    """What `make` builds with the parameters that `mapped` names for it, as fp32.
+
+    ValueError names the first that are missing, left over, of another shape or no finite numbers. It is built in earnest only
+    when all of them fit, so sizes that a file claims cost nothing.
+    """
+    with rehearsal():
+        empty = make()
+    ours = mapped(empty)
+    endless = [f"{name} holds numbers that are not finite" for name, tensor in ours.items() if not tensor.isfinite().all()]
+    if wrong := misfits(empty, ours) + endless:
+        raise ValueError(listed(wrong))
+    made = make()
+    made.load_state_dict(in_fp32(ours))
+    return made
+
+
+def _mapped(objective: Objective, task: str, config: Any, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parameters that the objective's own loader would fill it with."""
+    caught = _Caught(objective)
+    load(caught, task, config, state)
+    return caught.ours
+
+
+class _Caught:
+    """An objective to a loader, which fills it last of all."""
+
+    ours: Mapping[str, Tensor]
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
@@ -148,23 +183,12 @@ class _Strict:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def load_state_dict(self, ours: dict[str, Tensor], strict: bool = True) -> None:
-        _fill(self._objective, ours)
+    def load_state_dict(self, ours: Mapping[str, Tensor], strict: bool = True) -> None:
+        self.ours = ours
 
 
-def _fill(module: nn.Module, ours: Mapping[str, Tensor]) -> None:
-    """Every parameter from `ours`, as fp32. ValueError names the first that are missing, left over or of another shape."""
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in ours]
-    wrong += [f"{name} is not known" for name in ours if name not in own]
-    wrong += [
-        f"{name} is of shape {tuple(tensor.shape)}, and would have to be {tuple(own[name].shape)}"
-        for name, tensor in ours.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    module.load_state_dict({name: t.to(torch.float32) if t.is_floating_point() else t for name, t in ours.items()})
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _name(found: Architecture) -> str:

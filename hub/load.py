@@ -2,28 +2,27 @@
 exported folder, or a Hub id."""
 
 import dataclasses
-import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from swath.backbones.base import Backbone, create
+from swath.backbones.base import Backbone, Registry, create
+from swath.backbones.base import registry as backbones
+from swath.hub.fill import check_options, in_fp32, listed, misfits, rehearsal
 from swath.hub.remote import local
 from swath.pretrain.checkpoint import read_checkpoint
-from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
+from swath.pretrain.exported import OBJECTIVE, is_export, read_export
 from swath.pretrain.objective import Objective, build, registry
 from swath.shards.bands import InputContract, side_by_side
 from swath.shards.errors import InputError
 
-MODEL_TYPE = "swath"
 _MODEL, _BACKBONE = "model.", "backbone."
-_CONFIG_BYTES = 64 << 20  # of a config.json, which may come from anybody
+_ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what odd options end in
+_M = TypeVar("_M", bound=nn.Module)
 
 
 @dataclass
@@ -78,23 +77,26 @@ def load_backbone(path: Path | str) -> Loaded:
     path = local(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; a backbone is a run folder, a checkpoint, an exported folder or a Hub id")
-    exported = _read_export(path)
-    state, tensors = exported or read_checkpoint(path, _MODEL + _BACKBONE)
-    try:
-        name, options = state["backbone"]["name"], state["backbone"]["options"]
-        given = [InputContract.model_validate(contract) for contract in state["contracts"].values()]
-        contracts = {contract.modality: contract for contract in given}
-        height, width = _size(state["config"]["data"]["size"], given[0])
-        origin = state["origin"] if exported else _origin(state)
-    except (KeyError, TypeError, ValueError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-        raise InputError(f"{path} does not describe its backbone as this version of swath expects it ({what})") from None
-    try:
-        backbone = create(name, **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
-    _fill(backbone, tensors, path)
-    return Loaded(backbone.eval(), contracts, (height, width), name, options, origin, state.get("shards", []), str(path))
+    if is_export(path):
+        exported, shards = read_export(path), []
+        name, options, contracts = exported.name, exported.options, exported.contracts
+        size, origin, tensors = exported.size, exported.origin, exported.tensors()
+        tensors = {name.removeprefix(_BACKBONE): tensor for name, tensor in tensors.items()}
+    else:
+        state, tensors = read_checkpoint(path, _MODEL + _BACKBONE)
+        try:
+            name, options = state["backbone"]["name"], state["backbone"]["options"]
+            given = [InputContract.model_validate(contract) for contract in state["contracts"].values()]
+            contracts = {contract.modality: contract for contract in given}
+            size, shards, origin = _size(state["config"]["data"]["size"], given[0]), state.get("shards", []), _origin(state)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+            raise InputError(f"{path} does not describe its backbone as this version of swath expects it ({what})") from None
+    backbone = _filled(backbones, name, options, lambda: create(name, **options), tensors, path)
+    seen = {sum(contract.channels for contract in contracts.values()), *(contract.channels for contract in contracts.values())}
+    if backbone.config.bands not in seen and "any_bands" not in backbone.traits:
+        raise InputError(f"{path}: its backbone takes {backbone.config.bands} bands, and its input contract has {max(seen)}")
+    return Loaded(backbone.eval(), contracts, size, name, options, origin, shards, str(path))
 
 
 def load_objective(path: Path | str) -> Objective:
@@ -108,19 +110,21 @@ def load_objective(path: Path | str) -> Objective:
     stages = loaded.origin.get("config", {}).get("train", {}).get("stages")
     size = (stages[-1]["size"],) * 2 if stages else loaded.size  # a run in stages is built for the last one
     encoder = {_BACKBONE + name: tensor for name, tensor in loaded.backbone.state_dict().items()}
-    try:
-        made = build(head.name, loaded.backbone, size, channels, **head.options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
-    _fill(made, encoder | head.tensors, Path(path), "objective")
-    return made.eval()
+
+    def around() -> Objective:
+        return build(head.name, create(loaded.name, **loaded.options), size, channels, **head.options)
+
+    return _filled(registry, head.name, head.options, around, encoder | head.tensors, Path(path)).eval()
 
 
 def read_head(path: Path | str) -> Head:
     """What belongs to the objective alone of a run, a checkpoint or an export; InputError where there is none."""
     path = local(path)
-    if (path / CONFIG).is_file():
-        return _exported_head(path)
+    if is_export(path):
+        exported = read_export(path)
+        if exported.objective is None or not (path / OBJECTIVE).is_file():
+            raise InputError(f"{path} holds a backbone without its objective; export its run with --with-decoder")
+        return Head(exported.objective["name"], exported.objective["options"], exported.objective_tensors())
     state, tensors = read_checkpoint(path, _MODEL)
     try:
         options = dict(state["config"]["objective"])
@@ -129,16 +133,6 @@ def read_head(path: Path | str) -> Head:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} does not name the objective that it was trained with ({error!r})") from None
     return Head(name, options, {n: tensor for n, tensor in tensors.items() if not n.startswith(_BACKBONE)})
-
-
-def _exported_head(path: Path) -> Head:
-    try:
-        objective = json.loads((path / CONFIG).read_text()).get("objective")
-        if objective is None or not (path / OBJECTIVE).is_file():
-            raise InputError(f"{path} holds a backbone without its objective; export its run with --with-decoder")
-        return Head(objective["name"], dict(objective["options"]), load_file(path / OBJECTIVE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"the objective of the export {path} is damaged ({error}); export it again") from None
 
 
 def _size(size: int | list[int] | None, contract: InputContract) -> tuple[int, int]:
@@ -154,41 +148,21 @@ def _origin(state: dict[str, Any]) -> dict[str, Any]:
     return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config", "datasets") if key in state}
 
 
-def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """An exported folder in the shape of a checkpoint's (state, tensors), or None where `path` is no such folder.
+def _filled(
+    registered: Registry, name: str, options: dict[str, Any], make: Callable[[], _M], tensors: Mapping[str, Tensor], path: Path
+) -> _M:
+    """What `make` builds of a backbone or an objective, with `tensors` as fp32; InputError names the first that do not fit.
 
-    Only config.json and the weights are read: code that lies in the folder is never run.
+    It is built in earnest only when all fit, so sizes that a file from anybody claims cost nothing.
     """
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        return None
     try:
-        if (path / CONFIG).stat().st_size > _CONFIG_BYTES:
-            raise InputError(f"{path / CONFIG} is larger than any that `swath export` writes")
-        config = json.loads((path / CONFIG).read_text())
-        if config.get("model_type") != MODEL_TYPE:
-            raise InputError(f"{path} holds a {config.get('model_type')} model, not one that `swath export` wrote")
-        tensors = load_file(path / WEIGHTS)
-        state = {
-            "backbone": {"name": config["backbone_name"], "options": config["backbone_options"]},
-            "contracts": config.get("input_contracts") or {"input": config["input_contract"]},
-            "config": {"data": {"size": config["image_size"]}},
-            "origin": config["origin"],
-        }
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
-        raise InputError(f"the export {path} is damaged ({error}); export it again") from None
-    return state, {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-
-
-def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "backbone") -> None:
-    """Load `tensors` as fp32; InputError names the first parameters that do not fit."""
-    own = module.state_dict()
-    problems = {
-        "missing": own.keys() - tensors.keys(),
-        "left over": tensors.keys() - own.keys(),
-        "of another shape": {key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape},
-    }
-    found = [f"{len(keys)} {how} ({', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''})"
-             for how, keys in problems.items() if keys]  # fmt: skip
-    if found:
-        raise InputError(f"{path}: the parameters are not those of its {what}: {'; '.join(found)}")
-    module.load_state_dict({k: v.to(torch.float32) if v.is_floating_point() else v for k, v in tensors.items()})
+        check_options(registered, name, options)
+        with rehearsal():
+            empty = make()
+        if wrong := misfits(empty, tensors):
+            raise InputError(f"{path}: the parameters are not those of its {registered.kind}: {listed(wrong)}")
+        made = make()
+        made.load_state_dict(in_fp32(tensors))
+    except _ODD as error:
+        raise InputError(f"{path}: its {registered.kind} cannot be built: {' '.join(str(error).split())[:300]}") from None
+    return made

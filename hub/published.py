@@ -20,10 +20,28 @@ from swath.shards.errors import InputError
 # Where training scripts put the weights, the first that is there.
 _PLACES = ("model", "state_dict", "model_state_dict", "teacher", "student")
 LARGEST = 32 * 2**30
+
+
+class _Dtype:
+    """What stands in a pickle for numpy.dtype; numpy's own would take sizes and states of any kind from the file."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name, self.order = name, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _number(dtype: _Dtype, data: bytes) -> float | int | bool:
+    """numpy's scalar of a plain type, as Python has it."""
+    if dtype.name not in ("f2", "f4", "f8", "b1", *(f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8))):
+        raise ValueError(f"numpy's {dtype.name} is no plain number")
+    return np.frombuffer(data, dtype.order + dtype.name, count=1).item()
+
+
 # What training scripts store beside weights, as data: their arguments, and numbers of numpy under its old and new names.
 _HARMLESS: list[Any] = [
-    argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    argparse.Namespace, (_Dtype, "numpy.dtype"), *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))
 ]  # fmt: skip
 
 
@@ -87,7 +105,12 @@ def read_published(path: Path | str, prefix: str = "") -> tuple[dict[str, Tensor
         if not plain or tensor.numel() * tensor.element_size() > path.stat().st_size:
             raise InputError(f"{path}: {name} is no plain tensor, or claims more numbers than the file holds")
     told = vars(args) if isinstance(args, argparse.Namespace) else args
-    return _without(held, prefix), told if isinstance(told, dict) else {}
+    return _without(held, prefix), {name: v for name, v in told.items() if _plain(v)} if isinstance(told, dict) else {}
+
+
+def _plain(value: Any) -> bool:
+    """Is it a number, a text, or a list or dictionary, as arguments of scripts are?"""
+    return isinstance(value, bool | int | float | str | list | tuple | dict)
 
 
 def _unpickled(path: Path) -> Any:
@@ -106,7 +129,8 @@ def _unpickled(path: Path) -> Any:
         text = " ".join(str(error).split())
         asked = re.search(r"GLOBAL ([\w.]+)", text)
         reason = re.sub(r"^Weights only load failed.*?(WeightsUnpickler error: |$)", "", text).partition(" Check the doc")[0]
-        reason = f"it asks for {asked[1]}, which was not called" if asked else reason[:200] or type(error).__name__
+        odd = f"it is damaged, or nothing that torch.save wrote ({(reason or type(error).__name__)[:200]})"
+        reason = f"it asks for {asked[1]}, which was not called" if asked else odd
         raise InputError(f"{path} cannot be read as weights only: {reason}") from None
 
 

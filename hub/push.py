@@ -18,7 +18,7 @@ import yaml
 
 from swath.hub.licences import concerns, identifier
 from swath.hub.remote import HERE, require_client, require_name, told
-from swath.pretrain.initial import CONFIG, WEIGHTS
+from swath.pretrain.exported import CONFIG, WEIGHTS, is_export
 from swath.shards.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -60,10 +60,6 @@ def publish(
         else:
             made = write(to)
         return push(to or made, name, private=private, revision=revision)
-
-
-def is_export(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def _require_token() -> None:

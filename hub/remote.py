@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from swath.pretrain.initial import CONFIG, OBJECTIVE, WEIGHTS
+from swath.pretrain.exported import CONFIG, OBJECTIVE, WEIGHTS
 from swath.shards.errors import InputError
 
 HERE = 'FOLDER = "."  # where this lies, or its name on the Hub'  # a line of every card, which a push makes certain

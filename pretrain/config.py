@@ -172,7 +172,7 @@ def read_recipe(text: str, overrides: list[str], *, name: str) -> Recipe:
     for section, registry in (("backbone", base.registry), ("objective", objective.registry)):
         options = raw.get(section)
         if isinstance(options, dict):
-            problems += _component_problems(section, registry, options)
+            problems += component_problems(section, registry, options)
     if recipe is not None and not problems:
         problems += _pair_problems(recipe)
     if problems:
@@ -209,8 +209,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
-def _component_problems(section: str, registry: base.Registry, options: dict[str, Any]) -> list[str]:
-    """Problems of a backbone's or objective's options, against its own configuration dataclass."""
+def component_problems(section: str, registry: base.Registry, options: dict[str, Any]) -> list[str]:
+    """Problems of a backbone's or objective's options, its "name" among them, against its own configuration dataclass."""
     name = options.get("name")
     if not isinstance(name, str):
         return [f"{section}.name: needed; one of {', '.join(registry.names())}"]

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from swath.pretrain.checkpoint import read_checkpoint
 from swath.pretrain.config import Recipe
+from swath.pretrain.exported import is_export, read_export
 from swath.pretrain.objective import Objective
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.files import write_json
 
-CONFIG, WEIGHTS, OBJECTIVE = "config.json", "model.safetensors", "objective.safetensors"  # of an export or an import
 START = "start.json"  # in the run folder: what it started from
 _BACKBONE = "backbone."
 # Of a backbone's options what may be other than where the weights come from: it changes no parameter's meaning.
@@ -43,22 +41,18 @@ def read_initial(path: Path) -> Initial:
     Of the latter only config.json and the weights are read: code that lies in the folder is never run. Raises InputError where
     there are no weights, or they are damaged.
     """
+    if is_export(path):
+        exported = read_export(path)
+        backbone, objective = {"name": exported.name, "options": exported.options}, exported.objective
+        tensors = exported.tensors() | ({} if objective is None else exported.objective_tensors())
+        return Initial(backbone, objective, exported.contracts, tensors)
+    state, tensors = read_checkpoint(path, "model.")
     try:
-        if (path / CONFIG).is_file():
-            config = json.loads((path / CONFIG).read_text())
-            backbone = {"name": config["backbone_name"], "options": config["backbone_options"]}
-            listed = config.get("input_contracts") or {"input": config["input_contract"]}
-            objective, tensors = config.get("objective"), load_file(path / WEIGHTS)
-            if objective is not None:
-                tensors |= load_file(path / OBJECTIVE)
-        else:
-            state, tensors = read_checkpoint(path, "model.")
-            backbone, listed = state["backbone"], state["contracts"]
-            options = dict(state["config"]["objective"])
-            objective = {"name": options.pop("name"), "options": options}
-        contracts = [InputContract.model_validate(contract) for contract in listed.values()]
-        return Initial(backbone, objective, {contract.modality: contract for contract in contracts}, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+        options = dict(state["config"]["objective"])
+        objective = {"name": options.pop("name"), "options": options}
+        contracts = [InputContract.model_validate(contract) for contract in state["contracts"].values()]
+        return Initial(state["backbone"], objective, {contract.modality: contract for contract in contracts}, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"train.init: {path} cannot be read ({' '.join(str(error).split())})") from None
 
 

@@ -38,8 +38,8 @@ def _import(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {} if args.heads is None else {"heads": args.heads}
     made = import_published(
         args.kind, args.file, args.to, options=options | dict(_option(text) for text in args.option),
-        bands=args.bands.split(",") if args.bands else None, contracts=read_contracts(args.contract) if args.contract else None,
-        prefix=args.prefix,
+        bands=None if args.bands is None else args.bands.split(","),
+        contracts=read_contracts(args.contract) if args.contract else None, prefix=args.prefix,
     )  # fmt: skip
     loaded = made.loaded
     seen = "; ".join(f"{name} {', '.join(contract.names)}" for name, contract in loaded.contracts.items())

@@ -220,6 +220,43 @@ def test_sizes_are_not_believed(tmp_path: Path) -> None:
         import_published("mae", tmp_path / "none.pth", tmp_path / "to")
 
 
+class As:
+    """In a pickle, a call of `make` with arguments."""
+
+    def __init__(self, make: Any, *given: Any) -> None:
+        self.make, self.given = make, given
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.make, self.given
+
+
+def test_numbers_of_numpy_are_read_without_its_types(tmp_path: Path) -> None:
+    """Plain ones are what they were; a type of any size, or a state for a type that all share, does nothing."""
+    scalar = np.float64(0).__reduce__()[0]
+    path = tmp_path / "file.pth"
+    given = argparse.Namespace(mask_ratio=np.float64(0.5), norm_pix_loss=np.bool_(True))
+    torch.save({"model": small(), "args": given}, path)
+    made = import_published("mae", path, tmp_path / "plain")
+    assert made.task is not None and (made.task["mask_ratio"], made.task["normalise_patches"]) == (0.5, True)
+    for number, odd in enumerate((As(np.dtype, "V2000000000"), As(np.dtype, [("a", "f8"), ("b", "O")]), np.dtype("O"))):
+        torch.save({"model": small(), "args": argparse.Namespace(lr=As(scalar, odd, b"x" * 8))}, path)
+        with pytest.raises(InputError, match="cannot be read as weights only"):
+            import_published("mae", path, tmp_path / f"odd{number}")
+    torch.save({"model": small(), "args": argparse.Namespace(lr=np.dtype(">f8"))}, path)
+    import_published("mae", path, tmp_path / "swapped")
+    assert np.dtype("f8").byteorder in "=<"
+
+
+@pytest.mark.parametrize(
+    "told", [{"mask_ratio": "high"}, {"mask_ratio": float("nan")}, {"mask_ratio": [0.5]}, {"decoder_num_heads": "many"}]
+)
+def test_odd_arguments_are_refused_in_one_line(told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": small(), "args": argparse.Namespace(**told)}, tmp_path / "file.pth")
+    code = main(["import", "mae", str(tmp_path / "file.pth"), "--to", str(tmp_path / "to")])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n"), (tmp_path / "to").exists()) == (2, 1, False), said
+
+
 # --- what the tensors cannot tell ---
 
 
@@ -240,7 +277,7 @@ def test_heads_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*command, "--heads", "4"]) == 0
     assert load_backbone(tmp_path / "to").options["heads"] == 4
     assert main([*command, "--heads", "4"]) == 2
-    assert "is not empty; choose another" in capsys.readouterr().err
+    assert "holds an export already; choose another folder" in capsys.readouterr().err
 
 
 def test_an_encoder_alone(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A run folder, a checkpoint in it, and an export of it are the same backbone."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +36,31 @@ def test_a_damaged_run_is_refused_in_one_line(run: Path) -> None:
         with pytest.raises(InputError) as caught:
             load_backbone(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"backbone_options": {"width": 65_532, "depth": 12}}, "is of shape"),  # 600 GB, were it built
+        ({"backbone_options": {"width": 1 << 40}}, "no backbone has more than"),
+        ({"backbone_options": {"depth": 60_000}}, "more than 20,000 parameters"),
+        ({"backbone_options": {"width": "wide"}}, "backbone.width"),
+        ({"backbone_name": 3}, "backbone_name"),
+        ({"image_size": [16, "16"]}, "image_size"),
+        ({"image_size": 10**9}, "image_size"),
+        ({"input_contract": None}, "input_contract is missing"),
+        ({"input_contract": {"bands": 3}}, "input_contract"),
+        ({"model_type": "vit"}, "a vit model"),
+    ],
+)
+def test_what_a_folder_claims_is_refused_before_it_is_built(
+    run: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    pytest.importorskip("transformers")
+    file = export(run, tmp_path / "exported") / "config.json"
+    config = json.loads(file.read_text())
+    options = config["backbone_options"] | changed.get("backbone_options", {})
+    file.write_text(json.dumps(config | changed | {"backbone_options": options}))
+    with pytest.raises(InputError) as caught:
+        load_backbone(file.parent)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -105,7 +105,7 @@ def test_a_head_of_another_shape_is_refused_in_one_line(folder: Path) -> None:
     tensors = load_file(folder / "objective.safetensors")
     tensors["decoder.mask_token"] = tensors["decoder.mask_token"][..., :-1].contiguous()
     save_file(tensors, folder / "objective.safetensors")
-    with pytest.raises(InputError, match=r"not those of its objective: 1 of another shape \(decoder.mask_token\)"):
+    with pytest.raises(InputError, match=r"not those of its objective: decoder.mask_token is of shape \(1, 1, \d+\)"):
         load_objective(folder)
     (folder / "objective.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="is damaged") as caught:

@@ -1,0 +1,65 @@
+"""Parameters from a file into a module. What the file claims of sizes is looked at before any memory is taken for it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from swath.backbones.base import Registry
+from swath.pretrain.config import component_problems
+
+_MOST = 20_000  # parameters of a module; the largest backbones have some thousand
+_LARGEST = 1 << 16  # of an option that counts something
+
+
+def check_options(registry: Registry, name: str, options: Mapping[str, Any]) -> None:
+    """ValueError for a name that is not registered, and for options that are unknown, of another type or of an absurd size."""
+    if problems := component_problems(registry.kind, registry, {**options, "name": name}):
+        raise ValueError(problems[0])
+    if huge := [f"{key} is {v}" for key, v in options.items() if isinstance(v, int) and abs(v) > _LARGEST]:
+        raise ValueError(f"{registry.kind}.{huge[0]}; no {registry.kind} has more than {_LARGEST:,}")
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """What is built herein has no storage, and ValueError is raised where it gets more parameters than any model of ours."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST:
+            raise ValueError(f"its options ask for more than {_MOST:,} parameters")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        hook.remove()
+
+
+def misfits(module: nn.Module, ours: Mapping[str, Tensor]) -> list[str]:
+    """What of `ours` is not as the parameters of `module`, one line each."""
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in ours]
+    wrong += [f"{name} is not known" for name in ours if name not in own]
+    for name, tensor in ours.items():
+        if name not in own:
+            continue
+        if tensor.shape != own[name].shape:
+            wrong.append(f"{name} is of shape {tuple(tensor.shape)}, and would have to be {tuple(own[name].shape)}")
+        elif tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+            wrong.append(f"{name} is of {tensor.dtype}, and would have to be {own[name].dtype}")
+    return wrong
+
+
+def listed(wrong: list[str]) -> str:
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def in_fp32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
