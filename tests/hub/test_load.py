@@ -41,7 +41,7 @@ def test_a_damaged_run_is_refused_in_one_line(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"backbone_options": {"width": 65_532, "depth": 12}}, "is of shape"),  # 600 GB, were it built
+        ({"backbone_options": {"width": 65_532, "depth": 12}}, "is missing"),  # 600 GB, were it built
         ({"backbone_options": {"width": 1 << 40}}, "no backbone has more than"),
         ({"backbone_options": {"depth": 60_000}}, "more than 20,000 parameters"),
         ({"backbone_options": {"width": "wide"}}, "backbone.width"),
