@@ -56,7 +56,7 @@ else:
 DETECTOR = """
 losses = []
 optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
-before = detector.model.backbone.model.backbone.patch_embed.proj.weight.detach().clone()
+before = inside.backbone.patch_embed.proj.weight.detach().clone()
 for _ in range(12):
     loss = detector(**inputs, labels=labels).loss
     optimizer.zero_grad()
@@ -64,7 +64,7 @@ for _ in range(12):
     optimizer.step()
     losses.append(loss.item())
 assert losses[-1] < 0.9 * losses[0], losses
-assert not torch.equal(before, detector.model.backbone.model.backbone.patch_embed.proj.weight)
+assert not torch.equal(before, inside.backbone.patch_embed.proj.weight)
 """
 
 
