@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
+
 from swath.backbones.base import create, nearest
 from swath.hub.export import write_export
 from swath.hub.load import Loaded, load_backbone
@@ -144,8 +146,8 @@ def _chosen(before: InputContract, renamed: list[Band], wish: Wish) -> tuple[Inp
             | {"bands": bands, "normalisation": Normalisation(mean=mean, std=std, pixels=pixels, **spread), **stored}
             | {"accepts": tuple(dict.fromkeys((*before.accepts, *wish.accept)))}
         )
-    except ValueError as error:
-        raise InputError(f"--bands {','.join(chosen)}: {str(error).splitlines()[-2].strip()}") from None
+    except ValidationError as error:
+        raise InputError(f"--bands {','.join(chosen)}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     return contract, _said(before, contract, names, wish)
 
 

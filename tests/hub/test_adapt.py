@@ -252,7 +252,7 @@ def test_what_cannot_be_helped_says_why() -> None:
     ("wish", "reason"),
     [
         (Wish(), "nothing to adapt"),
-        (Wish(("B02", "B02")), "band names repeat"),
+        (Wish(("B02", "B02")), "--bands B02,B02: band names repeat: B02, B02$"),
         (Wish(("B2",)), r"no band B2 \(did you mean B02\?\)"),
         (Wish(rename={"x": "B99"}), "write theirs=ours"),
         (Wish(rename={"B03": "B02"}), "two bands B03; map the other"),

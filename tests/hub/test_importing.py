@@ -257,6 +257,35 @@ def test_odd_arguments_are_refused_in_one_line(told: dict[str, Any], tmp_path: P
     assert (code, said.count("\n"), (tmp_path / "to").exists()) == (2, 1, False), said
 
 
+@pytest.mark.parametrize("changed", [torch.complex64, torch.int64, None], ids=str)
+def test_weights_are_finite_floats(changed: torch.dtype | None, tmp_path: Path) -> None:
+    norm = torch.full((192,), torch.nan) if changed is None else torch.ones(192, dtype=changed)
+    torch.save({"model": small(**{"norm.weight": norm})}, tmp_path / "file.pth")
+    with pytest.raises(InputError, match=r"norm.weight (is of torch|holds numbers that are not finite)"):
+        import_published("mae", tmp_path / "file.pth", tmp_path / "to")
+
+
+def test_a_model_larger_than_its_file_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide patch embedding, and many blocks that have one small tensor each, would be a terabyte."""
+    wide = {"patch_embed.proj.weight": torch.zeros(8192, 3, 1, 1), "patch_embed.proj.bias": torch.zeros(8192)}
+    wide |= {"cls_token": torch.zeros(1, 1, 8192), "pos_embed": torch.ones(1, 2, 8192)}
+    wide |= {f"blocks.{n}.norm1.weight": torch.zeros(8192) for n in range(300)}
+    torch.save({"model": wide, "args": argparse.Namespace(num_heads=64)}, tmp_path / "file.pth")
+    made = torch.empty
+
+    def little(*size: Any, **more: Any) -> Tensor:
+        tensor = made(*size, **more)
+        assert tensor.is_meta or tensor.nbytes < 1 << 24
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", little)
+    with pytest.raises(InputError, match=r"norm1.bias is missing"):
+        import_published("mae", tmp_path / "file.pth", tmp_path / "to")
+    torch.save({"model": small()}, tmp_path / "file.pth")
+    for option in ("objective.decoder_depth=100000000", "image_size=1000000000", "depth=x"):
+        assert main(["import", "mae", str(tmp_path / "file.pth"), "--to", str(tmp_path / "to"), "--option", option]) == 2
+
+
 # --- what the tensors cannot tell ---
 
 
@@ -288,6 +317,8 @@ def test_an_encoder_alone(tmp_path: Path) -> None:
         made = import_published("MAE", tmp_path / f"{name}.pth", tmp_path / name)
         assert made.objective is None and not (tmp_path / name / "objective.safetensors").exists()
         assert torch.equal(load_backbone(tmp_path / name).backbone.state_dict()["norm.weight"], state["norm.weight"])
+    torch.save({"model": state | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}}, tmp_path / "head.pth")
+    assert import_published("mae", tmp_path / "head.pth", tmp_path / "head").left_out == ["head.weight", "head.bias"]
     moved = state | {"pos_embed": state["pos_embed"] + 0.1 * torch.randn_like(state["pos_embed"])}
     torch.save({"model": moved}, tmp_path / "moved.pth")
     backbone: Any = import_published("mae", tmp_path / "moved.pth", tmp_path / "moved").loaded.backbone
@@ -317,6 +348,7 @@ def test_other_bands_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for more, what in (
         (["--bands", "blue,green,red"], "in another order"),
         (["--bands", "red,green"], "others"),
+        (["--bands", ""], "others"),
         (["--contract", str(tmp_path / "turned.json")], "in another order"),
         (["--contract", str(tmp_path / "ten.json")], "the weights take 3 bands, and --contract names 10"),
         (["--contract", str(tmp_path / "none.json")], "holds no input contract"),
