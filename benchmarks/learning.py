@@ -98,6 +98,7 @@ NOTES = (
     "data, backbones, epochs and what an epoch costs differ from case to case.",
     "before: the random weights that the same seed began with; difference: paired, after minus before on the same test samples. "
     "Each is [mean, lower, upper] with a 95 % block bootstrap. held_out: at the start and at the end, on val.",
+    "A case of an earlier date has the recipe and the data of that date.",
     "plain_mae is the published graph written plainly (plain.py), for the processor time of mae.",
 )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swath.backbones import group_vit, less, mamba, rsmamba, spectral_vit, temporal_vit, vim, vit, vmamba
 from swath.backbones.base import sincos_grid
+from swath.pretrain.exported import LARGEST_SIDE
 from swath.pretrain.objectives import selective_mae
 from swath.shards.errors import InputError
 
@@ -21,7 +22,6 @@ from swath.shards.errors import InputError
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {256: 8, 512: 16}
 _ROMA_HEAD = 64  # width of one head of its decoder, whatever the decoder's
-_LARGEST_SIDE = 1 << 14
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Source:
     def side(self, *names: str) -> int | None:
         """Pixels; InputError for what no image has."""
         value = self.number(*names)
-        if value is None or (value == int(value) and 0 < value <= _LARGEST_SIDE):
+        if value is None or (value == int(value) and 0 < value <= LARGEST_SIDE):
             return None if value is None else int(value)
         raise InputError(f"its script's argument {' or '.join(names)} is {value}, which is no side of an image in pixels")
 

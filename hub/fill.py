@@ -1,8 +1,8 @@
 """Parameters from a file into a module. What the file claims of sizes is looked at before any memory is taken for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from swath.backbones.base import Registry
 from swath.pretrain.config import component_problems
 
+ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what odd options end in
+_M = TypeVar("_M", bound=nn.Module)
 _MOST = 20_000  # parameters of a module; the largest backbones have some thousand
 _LARGEST = 1 << 16  # of an option that counts something
+
+
+class Misfit(ValueError):
+    """Parameters are not those of the module; names the first."""
 
 
 def check_options(registry: Registry, name: str, options: Mapping[str, Any]) -> None:
@@ -23,8 +29,25 @@ def check_options(registry: Registry, name: str, options: Mapping[str, Any]) -> 
         raise ValueError(f"{registry.kind}.{huge[0]}; no {registry.kind} has more than {_LARGEST:,}")
 
 
+def filled(make: Callable[[], _M], mapped: Callable[[_M], Mapping[str, Tensor]]) -> _M:
+    """What `make` builds with the parameters that `mapped` names for it, as fp32.
+
+    Misfit for those that are missing, left over, or of another shape or kind. It is built in earnest only when all of them fit,
+    so sizes that a file from anybody claims cost nothing.
+    """
+    with _rehearsal():
+        empty = make()
+    ours = mapped(empty)
+    refuse(_misfits(empty, ours))
+    made = make()
+    made.load_state_dict(
+        {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for name, tensor in ours.items()}
+    )
+    return made
+
+
 @contextmanager
-def rehearsal() -> Iterator[None]:
+def _rehearsal() -> Iterator[None]:
     """What is built herein has no storage, and ValueError is raised where it gets more parameters than any model of ours."""
     count = 0
 
@@ -42,7 +65,7 @@ def rehearsal() -> Iterator[None]:
         hook.remove()
 
 
-def misfits(module: nn.Module, ours: Mapping[str, Tensor]) -> list[str]:
+def _misfits(module: nn.Module, ours: Mapping[str, Tensor]) -> list[str]:
     """What of `ours` is not as the parameters of `module`, one line each."""
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in ours]
@@ -57,9 +80,7 @@ def misfits(module: nn.Module, ours: Mapping[str, Tensor]) -> list[str]:
     return wrong
 
 
-def listed(wrong: list[str]) -> str:
-    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-
-
-def in_fp32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+def refuse(wrong: list[str]) -> None:
+    """Misfit, unless the list is empty."""
+    if wrong:
+        raise Misfit("; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))

@@ -7,21 +7,21 @@ objective.safetensors where the checkpoint has its decoder; and recipe.yaml, whi
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from swath.backbones.base import registry
 from swath.hub.architecture import Architecture, Source
 from swath.hub.contracts import agreed
 from swath.hub.export import contracts_of, require_free
-from swath.hub.fill import check_options, in_fp32, listed, misfits, rehearsal
+from swath.hub.fill import ODD, check_options, filled, refuse
 from swath.hub.kinds import kind_of, load
 from swath.hub.load import Loaded, load_backbone
 from swath.hub.naming import as_published
@@ -34,9 +34,7 @@ from swath.shards.errors import InputError
 from swath.shards.files import whole_folder, write_bytes, write_json
 
 RECIPE = "recipe.yaml"
-_M = TypeVar("_M", bound=nn.Module)
 _TASK = "objective."  # begins options of the objective
-_ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -94,7 +92,7 @@ def read(
         used, note = agreed(found.contract, found.bands, found.dates, bands, contracts)
     except InputError as error:
         raise InputError(f"{path} as {kind}: {error}") from None
-    except _ODD as error:  # an option or an argument of the script that is nothing of the kind
+    except ODD as error:  # an option or an argument of the script that is nothing of the kind
         raise InputError(f"{path} as {kind}: its sizes and options do not go together ({_line(error)})") from None
     left_out = [name for name in state if name.removeprefix("backbone.").startswith(found.left_out)]
     if found.bands == 0:  # any number, so as many as there are in the contract
@@ -133,7 +131,7 @@ def _built(
         backbone = partial(registry.entry(name).build, config)
         if found.objective is None:
             kept = {key: tensor for key, tensor in state.items() if not key.removeprefix("backbone.").startswith(found.left_out)}
-            return name, _filled(backbone, lambda _: found.family.from_published(kept, config)), None, None
+            return name, filled(backbone, lambda _: _finite(found.family.from_published(kept, config))), None, None
         task, options = found.objective
         check_options(objectives.registry, task, options)
         channels = {contract.modality: contract.channels for contract in used.values()}
@@ -141,28 +139,16 @@ def _built(
         def around() -> Objective:
             return objectives.build(task, backbone(), (config.image_size, config.image_size), channels, **options)
 
-        objective = _filled(around, lambda empty: _mapped(empty, task, config, state))
-    except _ODD as error:
+        objective = filled(around, lambda empty: _finite(_mapped(empty, task, config, state)))
+    except ODD as error:
         text = as_published(_line(error), found)
         raise InputError(f"{path} is not {kind} as published: {text[:600]}") from None
     return name, objective.backbone, objective, {"name": task, **_plain(objective.config)}  # type: ignore[attr-defined]
 
 
-def _filled(make: Callable[[], _M], mapped: Callable[[_M], Mapping[str, Tensor]]) -> _M:
-    """What `make` builds with the parameters that `mapped` names for it, as fp32.
-
-    ValueError names the first that are missing, left over, of another shape or no finite numbers. It is built in earnest only
-    when all of them fit, so sizes that a file claims cost nothing.
-    """
-    with rehearsal():
-        empty = make()
-    ours = mapped(empty)
-    endless = [f"{name} holds numbers that are not finite" for name, tensor in ours.items() if not tensor.isfinite().all()]
-    if wrong := misfits(empty, ours) + endless:
-        raise ValueError(listed(wrong))
-    made = make()
-    made.load_state_dict(in_fp32(ours))
-    return made
+def _finite(ours: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    refuse([f"{name} holds numbers that are not finite" for name, tensor in ours.items() if not tensor.isfinite().all()])
+    return ours
 
 
 def _mapped(objective: Objective, task: str, config: Any, state: dict[str, Tensor]) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swath.backbones.base import Backbone, Registry, create
 from swath.backbones.base import registry as backbones
-from swath.hub.fill import check_options, in_fp32, listed, misfits, rehearsal
+from swath.hub.fill import ODD, Misfit, check_options, filled
 from swath.hub.remote import local
 from swath.pretrain.checkpoint import read_checkpoint
 from swath.pretrain.exported import OBJECTIVE, is_export, read_export
@@ -21,7 +21,6 @@ from swath.shards.bands import InputContract, side_by_side
 from swath.shards.errors import InputError
 
 _MODEL, _BACKBONE = "model.", "backbone."
-_ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what odd options end in
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -92,7 +91,7 @@ def load_backbone(path: Path | str) -> Loaded:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
             raise InputError(f"{path} does not describe its backbone as this version of swath expects it ({what})") from None
-    backbone = _filled(backbones, name, options, lambda: create(name, **options), tensors, path)
+    backbone = _built(backbones, name, options, lambda: create(name, **options), tensors, path)
     seen = {sum(contract.channels for contract in contracts.values()), *(contract.channels for contract in contracts.values())}
     if backbone.config.bands not in seen and "any_bands" not in backbone.traits:
         raise InputError(f"{path}: its backbone takes {backbone.config.bands} bands, and its input contract has {max(seen)}")
@@ -114,7 +113,7 @@ def load_objective(path: Path | str) -> Objective:
     def around() -> Objective:
         return build(head.name, create(loaded.name, **loaded.options), size, channels, **head.options)
 
-    return _filled(registry, head.name, head.options, around, encoder | head.tensors, Path(path)).eval()
+    return _built(registry, head.name, head.options, around, encoder | head.tensors, Path(path)).eval()
 
 
 def read_head(path: Path | str) -> Head:
@@ -148,21 +147,14 @@ def _origin(state: dict[str, Any]) -> dict[str, Any]:
     return {key: state[key] for key in ("step", "samples", "recipe", "versions", "config", "datasets") if key in state}
 
 
-def _filled(
+def _built(
     registered: Registry, name: str, options: dict[str, Any], make: Callable[[], _M], tensors: Mapping[str, Tensor], path: Path
 ) -> _M:
-    """What `make` builds of a backbone or an objective, with `tensors` as fp32; InputError names the first that do not fit.
-
-    It is built in earnest only when all fit, so sizes that a file from anybody claims cost nothing.
-    """
+    """What `make` builds of a backbone or an objective, with `tensors`; InputError names the first that do not fit."""
     try:
         check_options(registered, name, options)
-        with rehearsal():
-            empty = make()
-        if wrong := misfits(empty, tensors):
-            raise InputError(f"{path}: the parameters are not those of its {registered.kind}: {listed(wrong)}")
-        made = make()
-        made.load_state_dict(in_fp32(tensors))
-    except _ODD as error:
+        return filled(make, lambda _: tensors)
+    except Misfit as error:
+        raise InputError(f"{path}: the parameters are not those of its {registered.kind}: {error}") from None
+    except ODD as error:
         raise InputError(f"{path}: its {registered.kind} cannot be built: {' '.join(str(error).split())[:300]}") from None
-    return made
