@@ -60,20 +60,37 @@ def wait_until(what: object, process: subprocess.Popen[bytes], seconds: float = 
         time.sleep(0.001)
 
 
+def signalled(
+    folder: Path, run: str, number: signal.Signals, owner: str, method: str, calls: int
+) -> subprocess.CompletedProcess[bytes]:
+    """The run, sent a signal by itself just before that call of a method: a watcher could be late."""
+    module, _, name = owner.rpartition(".")
+    code = f"""
+import os, sys
+from swath.launch import cli
+from {module} import {name} as owner
+count, method = 0, owner.{method}
+def counted(*args, **kwargs):
+    global count
+    count += 1
+    if count == {calls}:
+        os.kill(os.getpid(), {int(number)})
+    return method(*args, **kwargs)
+owner.{method} = counted
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    words = command(folder, run)
+    return subprocess.run([words[0], "-c", code, *words[3:]], capture_output=True, check=False)
+
+
 def test_killed_and_continued(finished: Path) -> None:
     """Before the first checkpoint, in the middle of steps, and during a save."""
     run = finished / "killed"
-    saving = run / "checkpoints"
-    moments = [
-        lambda: lines(run) >= 2,
-        lambda: lines(run) >= 17,
-        lambda: lines(run) >= 30 and any(saving.glob(".*.partial")),
-    ]
-    for moment in moments:
-        process = subprocess.Popen(command(finished, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(moment, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    step, saved = ("swath.pretrain.record.Record", "step"), ("swath.pretrain.checkpoint._Writer", "finish")
+    for (owner, method), calls, left in ((step, 3, 2), (step, 16, 15), (saved, 7, 40)):
+        done = signalled(finished, "killed", signal.SIGKILL, owner, method, calls)
+        assert done.returncode == -signal.SIGKILL and lines(run) >= left
+    assert any((run / "checkpoints").glob(".*.partial"))
     subprocess.run(command(finished, "killed"), check=True, capture_output=True)
     assert losses(run) == losses(finished / "whole")
     _, expected = read_checkpoint(finished / "whole")
@@ -84,13 +101,10 @@ def test_killed_and_continued(finished: Path) -> None:
 def test_signal_saves_and_says_so(finished: Path) -> None:
     """SIGTERM ends with exit code 85 and a checkpoint of the step in hand; the run then continues to the same end."""
     run = finished / "asked"
-    process = subprocess.Popen(command(finished, "asked"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    wait_until(lambda: lines(run) >= 9, process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 85 and b"the same command continues it" in out
+    done = signalled(finished, "asked", signal.SIGTERM, "swath.pretrain.record.Record", "step", 10)
+    assert done.returncode == 85 and b"the same command continues it" in done.stdout
     latest = find_latest(run)
-    assert latest is not None and int(latest.name[5:]) == lines(run)
+    assert latest is not None and int(latest.name[5:]) == lines(run) < 60
     subprocess.run(command(finished, "asked"), check=True, capture_output=True)
     assert losses(run) == losses(finished / "whole")
 
