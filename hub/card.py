@@ -161,6 +161,9 @@ def _training(origin: dict[str, Any]) -> str:
     return made
 
 
+_SEEN = {True: " (transductive)", None: " (transductive or not is unknown)", False: ""}
+
+
 def _probes(origin: dict[str, Any]) -> str:
     probes = origin.get("probes", [])
     if not probes:
@@ -171,10 +174,11 @@ def _probes(origin: dict[str, Any]) -> str:
         task = probe["task"] + (f" (of step {probe['step']:,}, not these weights)" if other else "")
         data = " → ".join(dict.fromkeys(probe["datasets"].values()))
         for row in probe["rows"]:
+            seen = _SEEN[row.get("transductive", False)]  # which exports of earlier versions do not say
             for metric, value in row["metrics"].items():
                 ends = row["interval"].get(metric)
                 between = f"{_figure(ends[0])} to {_figure(ends[1])}" if ends else "–"
-                rows.append([task, data, row["name"], metric, _figure(value), between])
+                rows.append([task, data, row["name"] + seen, metric, _figure(value), between])
     return _table(["probe", "data", "features", "metric", "value", "95 % interval"], rows)
 
 

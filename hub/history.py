@@ -104,7 +104,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(interval, dict):  # of the first metric
         interval = {next(iter(metrics)): interval}
     ends = {_words(name): [_number(end) for end in both] for name, both in interval.items() if both}
-    return {"name": _words(row["name"]), "metrics": metrics, "interval": ends}
+    seen = row.get("transductive", False)
+    told = None if seen is None else bool(seen)
+    return {"name": _words(row["name"]), "metrics": metrics, "interval": ends, "transductive": told}
 
 
 def _number(value: Any) -> float | None:

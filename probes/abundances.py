@@ -12,7 +12,7 @@ from swath.probes.heads import FromScratch, LinearHead, fit, seeded
 from swath.probes.maps import contract_of, untrained
 from swath.probes.metrics import interval
 from swath.probes.overlays import grey, picture
-from swath.probes.scene import BLOCK, Scene, Split, features, patch_statistics, patches, pooled, splits
+from swath.probes.scene import BLOCK, Scene, Split, features, features_of, patch_statistics, patches, pooled, splits
 from swath.probes.task import Bench, Result, Row
 from swath.shards.draw import hashes
 
@@ -41,10 +41,8 @@ def abundances(bench: Bench, scene: Scene, guard: int, count: int, first: int, s
     patch = patches(scene, rows, columns, loaded.size)
     spectrum = np.ascontiguousarray(scene.pixels[:, rows, columns].numpy().T)
     inputs = {
-        "backbone": features(pooled(loaded, loaded.backbone, scene, wavelengths), patch, len(rows), bench.precision),
-        "random initialisation": features(
-            pooled(loaded, untrained(loaded, bench.seed), scene, wavelengths), patch, len(rows), bench.precision
-        ),
+        "backbone": features_of(bench, "train", loaded.backbone, scene, rows, columns),
+        "random initialisation": features_of(bench, "train", untrained(loaded, bench.seed), scene, rows, columns),
         "statistics": patch_statistics(patch, len(rows)),
         "raw spectrum": spectrum,
         "PCA-30": spectrum,

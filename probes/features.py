@@ -153,34 +153,35 @@ def features(bench: Bench, part: str, *, loaded: Loaded | None = None, numbers: 
     numbers = labelled(reader) if numbers is None else numbers
 
     def make() -> np.ndarray:
-        started = time.perf_counter()
-        made = extract(
+        return extract(
             loaded, reader, numbers=numbers, precision=bench.precision, told=bench.context, progress=bench.progress
-        )  # fmt: skip
-        bench.seconds["features"] += time.perf_counter() - started
-        return made.x
+        ).x  # fmt: skip
 
     shape = (len(numbers), loaded.backbone.pooled_width)
     return with_labels(kept(bench, key_of(loaded, reader, numbers, bench), shape, make), reader, numbers)
 
 
-def kept(bench: Bench, key: str, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+def kept(bench: Bench, key: str, shape: tuple[int, int], make: Callable[[], np.ndarray], spent: str = "features") -> np.ndarray:
     """What `make` gives, float32 of this `shape`, computed once: from memory, else from the cache, by the hash of all that
-    decides it."""
+    decides it. `spent`: which of the bench's `seconds` it counts among."""
     x = bench.memory[key] if key in bench.memory else cache.load(bench.cache, key, shape)
     if x is None:
+        started, before = time.perf_counter(), sum(bench.seconds.values())
         x = make()
+        inside = sum(bench.seconds.values()) - before  # counted already, of the training that it needed
+        bench.seconds[spent] += time.perf_counter() - started - inside
         cache.keep(bench.cache, key, x)
     bench.memory[key] = x
     return x
 
 
-def key_of(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench) -> str:
-    """A hash of all that decides the numbers: weights, contract with its normalisation, samples, size, precision, context."""
-    contract = require_contract(loaded, reader)
+def key_of(loaded: Loaded, reader: ShardReader, numbers: np.ndarray, bench: Bench, *more: str | int | bool) -> str:
+    """A hash of all that decides the numbers: weights, contracts with their normalisation, samples, size, precision, context,
+    and what `more` a task has."""
     said = [
-        swath.__version__, torch.__version__, loaded.name, loaded.options, loaded.size, bench.precision, bench.context,
-        contract.model_dump(mode="json"), [shard.sha256 for shard in reader.manifest.shards], list(reader.index.columns),
+        swath.__version__, torch.__version__, loaded.name, loaded.options, loaded.size, bench.precision, bench.context, more,
+        {name: contract.model_dump(mode="json") for name, contract in loaded.contracts.items()},
+        [shard.sha256 for shard in reader.manifest.shards], list(reader.index.columns),
         next(loaded.backbone.parameters()).device.type,
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())

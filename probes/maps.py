@@ -15,9 +15,10 @@ from swath.backbones.base import Backbone, Context, create
 from swath.hub.load import Loaded
 from swath.pretrain.precision import Precision, autocast
 from swath.probes.confusion import IGNORE
-from swath.probes.features import Features
+from swath.probes.features import Features, kept, key_of
 from swath.probes.linear import held_out
 from swath.probes.statistics import waves
+from swath.probes.task import Bench
 from swath.shards.bands import InputContract
 from swath.shards.errors import InputError
 from swath.shards.manifest import LabelMap
@@ -32,7 +33,7 @@ _WHERE = ("gsd_m", "lat", "lon", "time")
 class Tiles:
     """Samples with a label map. For each date there are `images` (N, C, H, W) at the backbone's size and `pixels` (N, C, h, w) at
     their own, normalised by the backbone; `places`, (N,) float64 each, are gsd_m, lat, lon and, for each date, time, NaN where
-    unknown; `target` (N, h, w) uint8 class numbers or IGNORE; block and id (N,)."""
+    unknown; `target` (N, h, w) uint8 class numbers or IGNORE; block, id and number among the samples of the shards (N,)."""
 
     images: list[Tensor]
     pixels: list[Tensor]
@@ -40,6 +41,7 @@ class Tiles:
     target: Tensor
     block: np.ndarray
     id: np.ndarray
+    number: np.ndarray
 
     def __len__(self) -> int:
         return len(self.target)
@@ -110,7 +112,7 @@ def read_tiles(loaded: Loaded, reader: ShardReader, name: str, names: Sequence[s
     whole = [torch.cat(each) for each in images]
     return Tiles(
         whole, whole if own == size else [torch.cat(each) for each in pixels], list(torch.cat(places, dim=1).unbind(0)),
-        torch.from_numpy(np.stack(target)), samples["block"].astype(np.int64), samples["id"].astype(np.int64),
+        torch.from_numpy(np.stack(target)), samples["block"].astype(np.int64), samples["id"].astype(np.int64), numbers,
     )  # fmt: skip
 
 
@@ -205,6 +207,22 @@ def place_maps(tiles: Tiles, dataset: str) -> list[Tensor]:
     """Where each tile lies and nothing else, as a map of one place (N, 36, 1, 1). InputError where one has no place."""
     _, lat, lon, *_ = tiles.places
     return [torch.from_numpy(waves(lat.numpy(), lon.numpy(), dataset))[:, :, None, None]]
+
+
+def maps_of(bench: Bench, part: str, of: Encoder, tiles: Tiles) -> list[Tensor]:
+    """As `extract_maps`, of the tiles of a part of the bench ("train", "val", "test"); computed once, see `kept`."""
+    with torch.inference_mode():
+        first = of([x[:1].to(of.wavelength_nm.device) for x in inputs_of(tiles)])
+    shapes = [level.shape[1:] for level in first]
+    loaded = replace(bench.loaded, backbone=of.backbone)
+    key = key_of(loaded, bench.readers[part], tiles.number, bench, "maps", of.dates, of.several, of.told)
+
+    def make() -> np.ndarray:
+        return torch.cat([level.flatten(1) for level in extract_maps(of, tiles, bench.precision)], dim=1).numpy()
+
+    flat = torch.from_numpy(kept(bench, key, (len(tiles), sum(map(prod, shapes))), make))
+    parts = flat.split([prod(shape) for shape in shapes], dim=1)
+    return [level.unflatten(1, shape) for level, shape in zip(parts, shapes, strict=True)]
 
 
 def extract_maps(of: Encoder, tiles: Tiles, precision: Precision = "fp32") -> list[Tensor]:

@@ -3,9 +3,10 @@
 Letters: c band, h w pixels of the scene, n pixels that are looked at, s share or class.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from swath.backbones.base import Backbone, Context
 from swath.hub.load import Loaded
 from swath.pretrain.precision import Precision, autocast
+from swath.probes.features import kept, key_of
 from swath.probes.maps import contract_of
+from swath.probes.task import Bench
 from swath.shards.draw import hashes
 from swath.shards.errors import InputError
 from swath.shards.manifest import LabelMap
@@ -193,6 +196,20 @@ def features(of: Pooled, patch: Callable[[slice], Tensor], count: int, precision
     if not np.isfinite(found).all():
         raise InputError("the backbone gives features that are not finite; its run has diverged")
     return found
+
+
+def features_of(bench: Bench, part: str, backbone: Backbone, scene: Scene, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """As `features`, of the patches around pixels of the scene that a part of the bench is; computed once, see `kept`."""
+    loaded, reader = replace(bench.loaded, backbone=backbone), bench.readers[part]
+    wavelengths = [band.wavelength_nm for band in contract_of(loaded, reader).bands]
+    asked = hashlib.sha256(np.stack([rows, columns]).astype(np.int64).tobytes()).hexdigest()
+    patch = patches(scene, rows, columns, loaded.size)
+    return kept(
+        bench,
+        key_of(loaded, reader, np.arange(len(reader)), bench, "pixels", asked),
+        (len(rows), backbone.pooled_width),
+        lambda: features(pooled(loaded, backbone, scene, wavelengths), patch, len(rows), bench.precision),
+    )
 
 
 def patch_statistics(patch: Callable[[slice], Tensor], count: int) -> np.ndarray:

@@ -6,7 +6,7 @@ A task is one file in `probes/tasks/`, found by itself; `swath probe NAME` and t
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Bench:
     trained_at: tuple[int, int] | None = None
     memory: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "training": 0.0})
+
+    def without_val(self) -> "Bench":
+        """The same for a task that chooses nothing."""
+        return replace(self, readers={part: reader for part, reader in self.readers.items() if part != "val"})
 
 
 @dataclass

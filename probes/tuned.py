@@ -50,7 +50,9 @@ class Tuned:
             loaded = replace(self.loaded, backbone=self.model.backbone)
             return extract(loaded, reader, numbers=numbers, precision=bench.precision, progress=bench.progress).x
 
-        return kept(bench, self._key("features", part, numbers), (len(numbers), self.loaded.backbone.pooled_width), make)
+        return kept(
+            bench, self._key("features", part, numbers), (len(numbers), self.loaded.backbone.pooled_width), make, "training"
+        )
 
     def logits(self, part: str, numbers: np.ndarray) -> np.ndarray:
         """(M, C) of the samples `numbers` of a part."""
@@ -59,7 +61,7 @@ class Tuned:
         def make() -> np.ndarray:
             return predict(self.model, self.loaded, reader, numbers, bench.precision, progress=bench.progress)
 
-        return kept(bench, self._key("logits", part, numbers), (len(numbers), self.wanted.shape[1]), make)
+        return kept(bench, self._key("logits", part, numbers), (len(numbers), self.wanted.shape[1]), make, "training")
 
     def _key(self, what: str, part: str, numbers: np.ndarray) -> str:
         readers = self.bench.readers

@@ -17,10 +17,10 @@ from swath.probes.maps import (
     Tiles,
     contract_of,
     encoder,
-    extract_maps,
     held,
     inputs_of,
     label_map,
+    maps_of,
     place_maps,
     read_tiles,
     untrained,
@@ -81,7 +81,7 @@ def run(bench: Bench, options: Options) -> Result:
     build = partial(encoder, loaded, contract=contract, dates=2)
 
     def of(backbone: Backbone, told: bool = False) -> Model:
-        levels = {part: extract_maps(build(backbone, told=told), some, bench.precision) for part, some in tiles.items()}
+        levels = {part: maps_of(bench, part, build(backbone, told=told), some) for part, some in tiles.items()}
         return frozen(levels, "linear", 1, options.steps, device)
 
     where = {part: place_maps(some, readers[part].manifest.dataset) for part, some in tiles.items()} if options.context else {}

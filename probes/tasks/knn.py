@@ -21,7 +21,7 @@ class Options(FrozenOptions):
 @task("knn", Options, "k nearest neighbours by cosine on frozen features")
 def run(bench: Bench, options: Options) -> Result:
     return frozen(
-        bench,
+        bench.without_val(),
         options,
         lambda parts: classified(
             knn(parts["train"], parts["test"], k=options.k, temperature=options.temperature), parts["train"].classes

@@ -23,7 +23,7 @@ from swath.probes.maps import contract_of, untrained
 from swath.probes.metrics import interval
 from swath.probes.overlays import coloured, picture
 from swath.probes.pictures import confusion
-from swath.probes.scene import TRAIN, Scene, Split, features, patch_statistics, patches, pooled, read_scene, splits
+from swath.probes.scene import TRAIN, Scene, Split, features, features_of, patch_statistics, patches, pooled, read_scene, splits
 from swath.probes.task import Bench, Result, Row, task
 from swath.shards.draw import hashes
 from swath.shards.errors import InputError
@@ -77,8 +77,8 @@ def run(bench: Bench, options: Options) -> Result:
         return abundances(bench, source, guard, options.splits, options.first, options.scratch_steps)
     # before the long computation, since there may be none
     halves = splits(source.labels, guard, options.splits, bench.seed, first=options.first) if within else []
-    train = _pixels(bench, source, source.classes)
-    test = train if within else _pixels(bench, target, source.classes)
+    train = _pixels(bench, "train", source, source.classes)
+    test = train if within else _pixels(bench, "test", target, source.classes)
     every = Round(np.arange(len(train.label)), np.arange(len(test.label)))
     rounds = [_round(split, train) for split in halves] or [every] * options.splits
     totals: dict[str, dict[int, list[np.ndarray]]] = {}
@@ -137,21 +137,19 @@ def _counts(options: Options) -> tuple[int, ...]:
     return counts
 
 
-def _pixels(bench: Bench, scene: Scene, classes: tuple[str, ...]) -> Pixels:
+def _pixels(bench: Bench, part: str, scene: Scene, classes: tuple[str, ...]) -> Pixels:
     """Labelled pixels, their classes numbered as in `classes`; those of other classes are left out. InputError without any."""
     number = np.array([classes.index(name) if name in classes else -1 for name in (*scene.classes, "")])
     label = number[scene.labels]
     rows, columns = np.nonzero(label >= 0)
     if len(np.unique(label[rows, columns])) < 2:
         raise InputError(f"fewer than two of the classes {', '.join(classes)} have labelled pixels in the scene")
-    loaded, wavelengths = bench.loaded, [band.wavelength_nm for band in contract_of(bench.loaded, bench.readers["train"]).bands]
-    patch, count = patches(scene, rows, columns, loaded.size), len(rows)
+    loaded = bench.loaded
+    patch = patches(scene, rows, columns, loaded.size)
     known = {
-        "backbone": features(pooled(loaded, loaded.backbone, scene, wavelengths), patch, count, bench.precision),
-        "random initialisation": features(
-            pooled(loaded, untrained(loaded, bench.seed), scene, wavelengths), patch, count, bench.precision
-        ),
-        "statistics": patch_statistics(patch, count),
+        "backbone": features_of(bench, part, loaded.backbone, scene, rows, columns),
+        "random initialisation": features_of(bench, part, untrained(loaded, bench.seed), scene, rows, columns),
+        "statistics": patch_statistics(patch, len(rows)),
         "spectrum": np.ascontiguousarray(scene.pixels[:, rows, columns].numpy().T),
     }
     return Pixels(scene, rows, columns, label[rows, columns], patch, known)

@@ -33,4 +33,4 @@ def run(bench: Bench, options: Options) -> Result:
         metrics: dict[str, float | None] = {name: float(np.mean(right)) for name, right in hit.items()}
         return Judged(metrics, {name: interval(right, test.block) for name, right in hit.items()})
 
-    return frozen(bench, options, judge)
+    return frozen(bench.without_val(), options, judge)

@@ -12,7 +12,7 @@ from torch import Tensor
 from swath.backbones.base import Backbone
 from swath.probes.confusion import IGNORE, accuracy, confusions, interval, mean_overlap, mean_recall, overlaps
 from swath.probes.dense import Judge, Model, fitted, from_scratch, frozen
-from swath.probes.maps import class_names, contract_of, encoder, extract_maps, inputs_of, place_maps, read_tiles, untrained
+from swath.probes.maps import class_names, contract_of, encoder, inputs_of, maps_of, place_maps, read_tiles, untrained
 from swath.probes.overlays import overlays
 from swath.probes.pictures import confusion
 from swath.probes.task import Bench, Result, Row, task
@@ -54,7 +54,7 @@ def run(bench: Bench, options: Options) -> Result:
     judge = Judge(_loss, _classes, lambda predicted, truth: (mean_overlap(confusions(truth, predicted, len(names)).sum(0)), {}))
 
     def of(backbone: Backbone, told: bool = False) -> Model:
-        levels = {part: extract_maps(build(backbone, told=told), some, bench.precision) for part, some in tiles.items()}
+        levels = {part: maps_of(bench, part, build(backbone, told=told), some) for part, some in tiles.items()}
         return frozen(levels, options.head, len(names), options.steps, device)
 
     where = {part: place_maps(some, readers[part].manifest.dataset) for part, some in tiles.items()} if options.context else {}

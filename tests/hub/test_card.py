@@ -60,7 +60,8 @@ def told_run(run: Path, steps: int = 1000) -> Path:
         "task": "linear", "backbone": {"step": 5}, "datasets": {"train": f"{place}/eurosat", "test": "eurosat"}, "n_test": 90,
         "rows": [
             {"name": "backbone", "metrics": {"accuracy": 0.9, "kappa": None}, "interval": {"accuracy": [0.8, 0.95]}},
-            {"name": "random | initialisation", "metrics": {"accuracy": 0.3}, "interval": {}},
+            {"name": "random | initialisation", "metrics": {"accuracy": 0.3}, "interval": {}, "transductive": None},
+            {"name": "statistics", "metrics": {"accuracy": 0.2}, "interval": {}, "transductive": True},
         ],
         **extra,
     }  # fmt: skip
@@ -95,7 +96,8 @@ def test_a_run_is_told_of(quick: None, tmp_path: Path, caplog: pytest.LogCapture
         "| knn |  | backbone | accuracy | 0.875 | 0.75 to 1 |",
         "| linear (of step 5, not these weights) | eurosat | backbone | accuracy | 0.9 | 0.8 to 0.95 |",
         "| backbone | kappa | – | – |",
-        "| random initialisation | accuracy | 0.3 | – |",
+        "| random initialisation (transductive or not is unknown) | accuracy | 0.3 | – |",
+        "| statistics (transductive) | accuracy | 0.2 | – |",
         "Warning during training: rank b fell at x.",
         "It has seen ground sampling of 10 m only.",
     ):

@@ -59,12 +59,14 @@ def test_a_run_leaves_what_it_promises(trained: Path) -> None:
 
 def test_probe_then_report(trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--train", shards, "--test", shards, "--cache", tmp_path / "cache", "--json", tmp_path / "knn.json"]
-    code, out, _ = run(capsys, "probe", "knn", trained, *given, "--k", "3", "--precision", "fp32", "--from-scratch", "0")
+    code, out, _ = run(capsys, "probe", "knn", trained, *given, "--k", "3", "--precision", "fp32", "--from-scratch", "0",
+                       "--preprocessing-table")  # fmt: skip
     assert code == 0 and "accuracy" in out and "backbone (transductive)" in out and "random initialisation" in out
     result = json.loads((tmp_path / "knn.json").read_text())
     assert result["n_test"] == 40 and result["settings"]["k"] == 3 and result["settings"]["precision"] == "fp32"
-    assert len(list((tmp_path / "cache").iterdir())) == 2 and (tmp_path / "knn-confusion.png").exists()
+    assert (tmp_path / "cache").is_dir() and (tmp_path / "knn-confusion.png").exists()
     page = (trained / "report.html").read_text()
+    assert "size, by normalisation" in page and page.count(" *</td>") == 1
     assert "Probe: knn" in page and 'alt="neighbours"' in page
     code, _, err = run(capsys, "probe", "retrieve", trained, *given, "--k", "0")
     assert code == 2 and "must be numbers from 1" in err

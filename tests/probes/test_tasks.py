@@ -120,13 +120,15 @@ def test_features_are_computed_once_and_kept_by_content(
     extract = features.extract
     monkeypatch.setattr(features, "extract", lambda one, reader, **more: made.append(one.name) or extract(one, reader, **more))
     result = ask("knn", precision="fp32")
-    assert len(made) == 6  # train, val and test, of the backbone and of random weights
+    assert len(made) == 4  # train and test, of the backbone and of random weights; nothing is chosen on val
     ask("retrieve", precision="fp32")
-    assert len(made) == 6
+    assert len(made) == 4
+    ask("linear", precision="fp32")
+    assert len(made) == 6  # val too
     for change, computed in (
-        ({"precision": "bf16"}, 6),
-        ({"size": 32}, 6),
-        ({"seed": 5}, 3),
+        ({"precision": "bf16"}, 4),
+        ({"size": 32}, 4),
+        ({"seed": 5}, 2),
         ({"train": make("more", 48, 9)}, 2),
     ):
         made.clear()
@@ -135,7 +137,7 @@ def test_features_are_computed_once_and_kept_by_content(
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(b"\x93NUMPY\x01\x00 and then nothing")
     made.clear()
-    assert without_times(ask("knn", precision="fp32")) == without_times(result) and len(made) == 6
+    assert without_times(ask("knn", precision="fp32")) == without_times(result) and len(made) == 4
     assert not list((tmp_path / "cache").glob(".*"))
 
 
