@@ -4,11 +4,13 @@
 
 Scenes are synthetic: some for pretraining and the heads' training, others for val and test. Each split of a hyperspectral scene
 has a backbone of its own, pretrained on chips that lie wholly in its train blocks. What is in the work folder is kept. `--only`
-names some of segment, change, pixel, abundances; `--splits`, `--steps` and what follows (overrides of recipes) make it smaller.
+names some of segment, change, pixel, abundances, and the others' figures stay, with their date; `--splits`, `--steps` and what
+follows (overrides of recipes) make it smaller.
 """
 
 import argparse
 import csv
+import json
 import platform
 import time
 from pathlib import Path
@@ -145,18 +147,17 @@ def main() -> None:
     args, args.overrides = parser.parse_known_args()
     if args.hsi is None and set(args.only) & set(CASES):
         parser.error("--hsi is needed for pixel and abundances")
-    cases: dict[str, Any] = {}
+    cases: dict[str, Any] = json.loads(args.json.read_text())["cases"] if args.json.exists() else {}
     for task in args.only:
         started = time.process_time()
         cases[task] = (of_pixels if task in CASES else of_scenes)(task, args)
-        cases[task]["cpu_minutes"] = round((time.process_time() - started) / 60, 1)
+        cases[task] |= {"date": time.strftime("%Y-%m-%d"), "cpu_minutes": round((time.process_time() - started) / 60, 1)}
         write_json(
             args.json,
             {
                 "command": " ".join(["python -m benchmarks.dense --hsi …", f"--steps {args.steps}", f"--splits {args.splits}",
                                      *args.overrides]),
                 "note": "Synthetic scenes: figures show that the probes work, not how good a backbone is. Intervals are 95 %.",
-                "date": time.strftime("%Y-%m-%d"),
                 "machine": f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}",
                 "cases": cases,
             },

@@ -25,6 +25,7 @@ SHORT, LONG = "1 epoch", "8 epochs"
 RUNS = {SHORT: ("mae_short_0", ["train.epochs=1"]), LONG: ("mae_0", [])}
 ORDER = ["random weights", SHORT, LONG]
 SHOTS = (5, 50)
+FEW_EPOCHS = {"lr": (2e-3,), "layer_decay": 0.9, "mixup": 0.0, "cutmix": 0.0}  # of fine-tuning: mixed images want many (on val)
 
 
 def parts(shards: Path) -> dict[str, Path]:
@@ -38,7 +39,7 @@ def frozen(run: Path, shards: Path) -> list[dict[str, Any]]:
 
 
 def tuned(run: Path, shards: Path, epochs: int, seeds: int, scratch: bool) -> dict[str, Any]:
-    how = {"epochs": epochs, "batch": 128, "lr": (1e-3,), "seeds": seeds, "from_scratch": scratch}
+    how = {"epochs": epochs, "batch": 128, "seeds": seeds, "from_scratch": scratch, **FEW_EPOCHS}
     return probe("finetune", run, **parts(shards), **how, cache=False, progress=False)
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rgb", type=Path, required=True, help="EuroSAT_RGB.zip")
     parser.add_argument("--split", type=Path, required=True, help="CSV with columns file,class,split,block of it")
     parser.add_argument("--work", type=Path, default=Path("out/learning"))
-    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning (1)")
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning (3)")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "eurosat_probes.json")
     parser.add_argument("overrides", nargs="*", help="key=value for every run, for instance train.threads=1")
     args = parser.parse_args()

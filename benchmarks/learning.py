@@ -81,6 +81,7 @@ CASES = (
     Case("satmae", "scenes10"),
     Case("satmae_pp", "scenes10"),
     Case("satmae_pp_single", "scenes10"),
+    Case("satmae_pp_rgb", "rgb", seeds=(0,)),
     Case("hyper_mae", "salinas"),
     Case("hyper_mae_jasper", "jasper"),
     Case("spectralgpt_scene", "scene", seeds=(0,), labelled=False),
