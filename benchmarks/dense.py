@@ -151,12 +151,15 @@ def main() -> None:
     for task in args.only:
         started = time.process_time()
         cases[task] = (of_pixels if task in CASES else of_scenes)(task, args)
-        cases[task] |= {"date": time.strftime("%Y-%m-%d"), "cpu_minutes": round((time.process_time() - started) / 60, 1)}
+        how = [f"--only {task}", f"--steps {args.steps}", f"--splits {args.splits}", *args.overrides]
+        cases[task] |= {
+            "command": " ".join(["python -m benchmarks.dense --hsi …", *how]),
+            "date": time.strftime("%Y-%m-%d"),
+            "cpu_minutes": round((time.process_time() - started) / 60, 1),
+        }
         write_json(
             args.json,
             {
-                "command": " ".join(["python -m benchmarks.dense --hsi …", f"--steps {args.steps}", f"--splits {args.splits}",
-                                     *args.overrides]),
                 "note": "Synthetic scenes: figures show that the probes work, not how good a backbone is. Intervals are 95 %.",
                 "machine": f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}",
                 "cases": cases,

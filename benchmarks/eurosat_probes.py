@@ -2,7 +2,7 @@
 
     python -m benchmarks.eurosat_probes --rgb EuroSAT_RGB.zip --split eurosat_rgb_split.csv --work out/learning
 
-Three backbones of `recipes/learning_mae.yaml`: its random weights, one epoch, and its own eight. Each is judged by kNN, a linear
+Three backbones of `recipes/learning_mae.yaml`: its random weights, four epochs, and its own eight. Each is judged by kNN, a linear
 probe, few labels and fine-tuning, whose settings are given or chosen on val; each task must put them in the same order. What the
 last backbone gets is computed twice without a cache, of fine-tuning the first seed, and must be equal in every bit. The work
 folder may be that of `benchmarks.learning`, whose shards and first run are the same.
@@ -21,11 +21,11 @@ from swath.probes.run import probe, probes
 from swath.shards.files import write_json
 
 FROZEN = ("knn", "linear", "fewshot")
-SHORT, LONG = "1 epoch", "8 epochs"
-RUNS = {SHORT: ("mae_short_0", ["train.epochs=1"]), LONG: ("mae_0", [])}
+SHORT, LONG = "4 epochs", "8 epochs"
+RUNS = {SHORT: ("mae_half_0", ["train.epochs=4"]), LONG: ("mae_0", [])}
 ORDER = ["random weights", SHORT, LONG]
 SHOTS = (5, 50)
-FEW_EPOCHS = {"lr": (2e-3,), "layer_decay": 0.9, "mixup": 0.0, "cutmix": 0.0}  # of fine-tuning: mixed images want many (on val)
+FEW_EPOCHS = {"lr": (4e-3,), "layer_decay": 0.9, "mixup": 0.0, "cutmix": 0.0}  # of fine-tuning: mixed images want many (on val)
 
 
 def parts(shards: Path) -> dict[str, Path]:
@@ -39,7 +39,7 @@ def frozen(run: Path, shards: Path) -> list[dict[str, Any]]:
 
 
 def tuned(run: Path, shards: Path, epochs: int, seeds: int, scratch: bool) -> dict[str, Any]:
-    how = {"epochs": epochs, "batch": 128, "seeds": seeds, "from_scratch": scratch, **FEW_EPOCHS}
+    how = {"epochs": epochs, "batch": 64, "seeds": seeds, "from_scratch": scratch, **FEW_EPOCHS}
     return probe("finetune", run, **parts(shards), **how, cache=False, progress=False)
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rgb", type=Path, required=True, help="EuroSAT_RGB.zip")
     parser.add_argument("--split", type=Path, required=True, help="CSV with columns file,class,split,block of it")
     parser.add_argument("--work", type=Path, default=Path("out/learning"))
-    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning (3)")
+    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (2)")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "eurosat_probes.json")
     parser.add_argument("overrides", nargs="*", help="key=value for every run, for instance train.threads=1")
     args = parser.parse_args()
