@@ -2,7 +2,7 @@
 
     python -m benchmarks.eurosat_probes --rgb EuroSAT_RGB.zip --split eurosat_rgb_split.csv --work out/learning
 
-Three backbones of `recipes/learning_mae.yaml`: its random weights, four epochs, and its own eight. Each is judged by kNN, a linear
+Three backbones of `recipes/learning_mae.yaml`: its random weights, four epochs, its own eight. Each is judged by kNN, a linear
 probe, few labels and fine-tuning, whose settings are given or chosen on val; each task must put them in the same order. What the
 last backbone gets is computed twice without a cache, of fine-tuning the first seed, and must be equal in every bit. The work
 folder may be that of `benchmarks.learning`, whose shards and first run are the same.
