@@ -145,23 +145,13 @@ def _probes(run: Path) -> str:
             for row in result.get("rows", [])
         ]
         made += f"<h2>Probe: {html.escape(result['task'])}</h2>" + _table(rows, ["", *metrics])
-        made += _preprocessing(result.get("preprocessing", []))
+        if "preprocessing" in result:
+            from swath.probes.run import preprocessing_rows  # probes take long to import
+
+            head, *cells = preprocessing_rows(result["preprocessing"], "size, by normalisation")
+            made += _table(cells, head) + "<p>* as the backbone's contract says</p>"
         made += "".join(_figure(path.with_name(f"{path.stem}-{name}.png"), name) for name in result.get("pictures", []))
     return made
-
-
-def _preprocessing(cells: list[dict[str, Any]]) -> str:
-    """The table of sizes and normalisations, the contract's cell marked."""
-    if not cells:
-        return ""
-    names = list(dict.fromkeys(cell["normalisation"] for cell in cells))
-    rows = []
-    for size in dict.fromkeys(cell["size"] for cell in cells):
-        some = {cell["normalisation"]: cell for cell in cells if cell["size"] == size}
-        pixels = next(iter(some.values()))["pixels"]
-        shown = ["–" if some[n]["value"] is None else f"{some[n]['value']:.4f}" + " *" * some[n]["contract"] for n in names]
-        rows.append([f"{size} ({pixels[0]} × {pixels[1]})" if pixels else size, *shown])
-    return _table(rows, ["size, by normalisation", *names]) + "<p>* as the backbone's contract says</p>"
 
 
 def _with_interval(row: dict[str, Any], metric: str) -> str:

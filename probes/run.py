@@ -217,7 +217,8 @@ def table(result: dict[str, Any]) -> str:
         if count:
             lines += [f"{count:,} samples of test are in {part} too: these figures say little"]
     if "preprocessing" in result:
-        lines += ["", *_preprocessing(result["preprocessing"])]
+        rows = preprocessing_rows(result["preprocessing"], "size \\ normalisation")
+        lines += ["", *_aligned(rows), "* as the backbone's contract says"]
     if isinstance(result.get("recall"), dict):  # by class; where one class matters it is a metric
         wide = max(len(name) for name in result["recall"])
         lines += ["", "recall", *(f"  {name:<{wide}}  {_share(share)}" for name, share in result["recall"].items())]
@@ -246,16 +247,16 @@ def _rows(result: dict[str, Any]) -> list[str]:
     return _aligned(cells)
 
 
-def _preprocessing(cells: list[dict[str, Any]]) -> list[str]:
-    sizes = list(dict.fromkeys(cell["size"] for cell in cells))
+def preprocessing_rows(cells: list[dict[str, Any]], corner: str) -> list[list[str]]:
+    """The table of sizes (rows) and normalisations, its head first, with `corner` in it; the contract's cell is marked."""
     names = list(dict.fromkeys(cell["normalisation"] for cell in cells))
     found = {(cell["size"], cell["normalisation"]): cell for cell in cells}
-    rows = [["size \\ normalisation", *names]]
-    for size in sizes:
+    rows = [[corner, *names]]
+    for size in dict.fromkeys(cell["size"] for cell in cells):
         pixels = found[size, names[0]]["pixels"]
         shown = [f"{size} ({pixels[0]} × {pixels[1]})" if pixels else size]
         rows.append(shown + [_share(found[size, n]["value"]) + " *" * found[size, n]["contract"] for n in names])
-    return [*_aligned(rows), "* as the backbone's contract says"]
+    return rows
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:

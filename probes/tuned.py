@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -34,13 +33,11 @@ class Tuned:
     @cached_property
     def model(self) -> Classifier:
         """Trained now."""
-        started, bench = time.perf_counter(), self.bench
-        made = tune(
+        bench = self.bench
+        return tune(
             self.loaded, bench.readers["train"], self.rows, self.wanted, self.tuning, lr_per_256=self.lr_per_256,
             seed=self.seed, precision=bench.precision, progress=bench.progress,
         )  # fmt: skip
-        bench.seconds["training"] += time.perf_counter() - started
-        return made
 
     def features(self, part: str, numbers: np.ndarray) -> np.ndarray:
         """(M, D) pooled features of the samples `numbers` of a part."""
