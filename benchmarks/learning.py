@@ -214,11 +214,12 @@ def trained(case: Case, run: Path, shards: Path, seed: int, overrides: list[str]
     name = f"learning_{case.name}"
     given = [f"run.dir={run}", f"run.seed={seed}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
     started = time.process_time()
-    if pretrain(read_recipe((RECIPES / f"{name}.yaml").read_text(), given, name=name)).stopped:
-        raise SystemExit("asked to stop; the same command continues")
+    stopped = pretrain(read_recipe((RECIPES / f"{name}.yaml").read_text(), given, name=name)).stopped
     cpu = run / "cpu.json"
     minutes = (time.process_time() - started) / 60 + (json.loads(cpu.read_text()) if cpu.exists() else 0)
     write_json(cpu, minutes)
+    if stopped:
+        raise SystemExit("asked to stop; the same command continues")
     rows, looks = read_lines(run / "metrics.jsonl"), read_lines(run / "health.jsonl")
     choices = json.loads((run / "choices.json").read_text())
     return {

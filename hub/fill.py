@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from swath.backbones.base import Registry
 from swath.pretrain.config import component_problems
+from swath.pretrain.initial import first_of, misfits
 
 ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what odd options end in
 _M = TypeVar("_M", bound=nn.Module)
@@ -38,7 +39,7 @@ def filled(make: Callable[[], _M], mapped: Callable[[_M], Mapping[str, Tensor]])
     with _rehearsal():
         empty = make()
     ours = mapped(empty)
-    refuse(_misfits(empty, ours))
+    refuse(misfits(ours, empty.state_dict()))
     made = make()
     made.load_state_dict(
         {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for name, tensor in ours.items()}
@@ -65,22 +66,7 @@ def _rehearsal() -> Iterator[None]:
         hook.remove()
 
 
-def _misfits(module: nn.Module, ours: Mapping[str, Tensor]) -> list[str]:
-    """What of `ours` is not as the parameters of `module`, one line each."""
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in ours]
-    wrong += [f"{name} is not known" for name in ours if name not in own]
-    for name, tensor in ours.items():
-        if name not in own:
-            continue
-        if tensor.shape != own[name].shape:
-            wrong.append(f"{name} is of shape {tuple(tensor.shape)}, and would have to be {tuple(own[name].shape)}")
-        elif tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
-            wrong.append(f"{name} is of {tensor.dtype}, and would have to be {own[name].dtype}")
-    return wrong
-
-
 def refuse(wrong: list[str]) -> None:
     """Misfit, unless the list is empty."""
     if wrong:
-        raise Misfit("; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise Misfit(first_of(wrong))

@@ -4,6 +4,7 @@ The normalisation that these weights were trained with goes on being theirs: the
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def examine(model: Objective, recipe: Recipe, contracts: dict[str, InputContract
     ]
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(_BACKBONE)}
     theirs = {name: tensor for name, tensor in found.tensors.items() if name.startswith(_BACKBONE)}
-    if wrong := "; ".join(differing) or _misfits(theirs, own):
+    if wrong := "; ".join(differing) or first_of(misfits(theirs, own)):
         raise InputError(f"train.init: backbone {recipe.backbone['name']} is not the one in {folder}: {wrong}")
 
 
@@ -128,7 +129,7 @@ def load(model: Objective, recipe: Recipe) -> str:
     elif found.objective["name"] != task:
         reason = f"that of {folder} is {found.objective['name']}"
     else:
-        reason = _misfits(theirs, own)
+        reason = first_of(misfits(theirs, own))
     taken = {name: tensor for name, tensor in found.tensors.items() if not reason or name.startswith(_BACKBONE)}
     model.load_state_dict(taken, strict=not reason)
     if reason:
@@ -142,14 +143,20 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """What is missing, left over or of another shape, in a few words; nothing where all fit."""
-    shapes = [
-        f"{name} is {tuple(given[name].shape)} there, {tuple(wanted[name].shape)} here"
-        for name in sorted(given.keys() & wanted.keys())
-        if given[name].shape != wanted[name].shape
-    ]
-    missing = [f"{name} is not there" for name in sorted(wanted.keys() - given.keys())]
-    left = [f"{name} is only there" for name in sorted(given.keys() - wanted.keys())]
-    wrong = shapes + missing + left
+def misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What of `given` is not as `wanted`: missing, left over, or of another shape or kind; a few words each."""
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is not known" for name in given if name not in wanted]
+    for name, tensor in given.items():
+        if (own := wanted.get(name)) is None:
+            continue
+        if tensor.shape != own.shape:
+            wrong.append(f"{name} is of shape {tuple(tensor.shape)}, and would have to be {tuple(own.shape)}")
+        elif tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
+            wrong.append(f"{name} is of {tensor.dtype}, and would have to be {own.dtype}")
+    return wrong
+
+
+def first_of(wrong: list[str]) -> str:
+    """The first three, and how many more there are; nothing where nothing is wrong."""
     return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
