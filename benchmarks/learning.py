@@ -100,7 +100,8 @@ NOTES = (
     "One small budget shows that an objective learns and is not worse than its published form. It is no ranking of objectives: "
     "data, backbones, epochs and what an epoch costs differ from case to case.",
     "before: the random weights that the same seed began with; difference: paired, after minus before on the same test samples. "
-    "Each is [mean, lower, upper] with a 95 % block bootstrap. held_out: at the start and at the end, on val.",
+    "Each is [mean, lower, upper] with a 95 % block bootstrap; difference_over_seeds: of each sample's mean over seeds. "
+    "held_out: at the start and at the end, on val.",
     "A case of an earlier date has the recipe and the data of that date.",
     "plain_mae is the published graph written plainly (plain.py), for the processor time of mae.",
 )
@@ -347,20 +348,33 @@ def with_interval(value_n: np.ndarray, block_n: np.ndarray) -> list[float]:
 def row(case: Case, work: Path) -> dict[str, Any] | None:
     """What is there of a case: its seeds, the medians over them, and whether the target is reached."""
     seeds: dict[str, Any] = {}
+    pairs = []
     for seed in case.seeds:
         run = work / f"{case.name}_{seed}"
         if (run / "said.json").exists():
             said = json.loads((run / "said.json").read_text())
-            before = said.pop("before", None)
-            found = {} if before is None else {task: compared(work / before, run / "test.npz", task) for task in TASKS}
-            seeds[str(seed)] = said | found
+            if before := said.pop("before", None):
+                pairs.append((work / before, run / "test.npz"))
+                said |= {task: compared(*pairs[-1], task) for task in TASKS}
+            seeds[str(seed)] = said
     if not seeds:
         return None
     made: dict[str, Any] = {"recipe": f"benchmarks/recipes/learning_{case.name}.yaml", "data": DATA[case.data]}
     made |= {"date": time.strftime("%Y-%m-%d"), "seeds": seeds}
     if case.labelled:
+        made |= {"difference_over_seeds": {task: over_seeds(pairs, task) for task in TASKS}}
         made |= verdict(case, list(seeds.values()))
     return made
+
+
+def over_seeds(pairs: list[tuple[Path, Path]], task: str) -> list[float]:
+    """The paired difference of a sample is its mean over seeds. All were tested on the same samples."""
+    differences = []
+    for before, after in pairs:
+        with np.load(before) as a, np.load(after) as b:
+            differences.append(b[task].astype(float) - a[task])
+            block_n = a["block"]
+    return with_interval(np.mean(differences, axis=0), block_n)
 
 
 def verdict(case: Case, seeds: list[dict[str, Any]]) -> dict[str, Any]:
