@@ -103,7 +103,8 @@ NOTES = (
     "Each is [mean, lower, upper] with a 95 % block bootstrap; difference_over_seeds: of each sample's mean over seeds. "
     "held_out: at the start and at the end, on val.",
     "A case of an earlier date has the recipe and the data of that date.",
-    "plain_mae is the published graph written plainly (plain.py), for the processor time of mae.",
+    "plain_mae is the published graph written plainly (plain.py), for the processor time of mae; step_over_mae: a step's.",
+    "cpu_minutes are of a shared machine: the same work of other seeds took up to twice as long.",
 )
 
 
@@ -354,8 +355,9 @@ def row(case: Case, work: Path) -> dict[str, Any] | None:
         if (run / "said.json").exists():
             said = json.loads((run / "said.json").read_text())
             if before := said.pop("before", None):
-                pairs.append((work / before, run / "test.npz"))
-                said |= {task: compared(*pairs[-1], task) for task in TASKS}
+                pair = (work / before, run / "test.npz")
+                pairs.append(pair)
+                said |= {task: compared(*pair, task) for task in TASKS}
             seeds[str(seed)] = said
     if not seeds:
         return None
@@ -373,8 +375,8 @@ def over_seeds(pairs: list[tuple[Path, Path]], task: str) -> list[float]:
     for before, after in pairs:
         with np.load(before) as a, np.load(after) as b:
             differences.append(b[task].astype(float) - a[task])
-            block_n = a["block"]
-    return with_interval(np.mean(differences, axis=0), block_n)
+    with np.load(pairs[0][0]) as first:
+        return with_interval(np.mean(differences, axis=0), first["block"])
 
 
 def verdict(case: Case, seeds: list[dict[str, Any]]) -> dict[str, Any]:
