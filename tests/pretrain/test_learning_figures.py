@@ -1,12 +1,13 @@
 """What the figures of benchmarks/learning.py rest on."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import CHIP, blocks, with_interval
+from benchmarks.learning import CHIP, blocks, over_seeds, with_interval
 from benchmarks.plain import PlainMAE
 from swath.backbones.base import create
 from swath.pretrain.objectives.mae import MAE, MAEConfig
@@ -55,3 +56,17 @@ def test_a_paired_difference_is_drawn_by_block() -> None:
     assert 0 < low <= mean <= high < 0.1
     one_block = before | (block == 0)  # all that was gained lies in one block, and that may be drawn or not
     assert with_interval(one_block.astype(float) - before, block)[1] == 0
+
+
+def test_seeds_are_averaged_by_sample_before_blocks_are_drawn(tmp_path: Path) -> None:
+    """A block that one seed gains and another loses tells nothing; a gain that all blocks share is one for sure."""
+    block = np.repeat(np.arange(10), 4)
+    alike = np.arange(40) % 4 == 0
+    pairs = []
+    for seed, (before, after) in enumerate([((block == 0) & ~alike, alike), (np.zeros(40, bool), alike | (block == 0))]):
+        pair = (tmp_path / f"before_{seed}.npz", tmp_path / f"after_{seed}.npz")
+        for path, right in zip(pair, (before, after), strict=True):
+            np.savez(path, knn=right, block=block)
+        pairs.append(pair)
+    assert over_seeds(pairs[:1], "knn")[1] < 0.25, "the first seed alone loses block 0"
+    assert over_seeds(pairs, "knn") == [0.25, 0.25, 0.25]
