@@ -460,6 +460,9 @@ def claims(work: Path) -> dict[str, Any]:
         made["selective_mae within one point of mae"] = verdict_of(
             min(median.values()) >= -0.01, f"medians {', '.join(f'{task} {x:+.3f}' for task, x in median.items())}"
         )
+    for found in made["mae minus plain_mae, equal processor time"].values():  # of one seed
+        figures = ", ".join(f"{task} {found[task][0]:+.3f} ({found[task][1]:+.3f} … {found[task][2]:+.3f})" for task in TASKS)
+        made["plain_mae not better than mae"] = verdict_of(all(found[task][2] >= 0 for task in TASKS), figures)
     made |= turning(work)
     return made
 
