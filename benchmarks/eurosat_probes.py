@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning import Case, make, trained
+from benchmarks.learning import Case, trained
+from benchmarks.learning_data import make
 from swath.probes.run import probe, probes
 from swath.shards.files import write_json
 

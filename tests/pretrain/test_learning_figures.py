@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import CHIP, blocks, over_seeds, with_interval
+from benchmarks.learning import over_seeds, with_interval
+from benchmarks.learning_data import CHIP, blocks
 from benchmarks.plain import PlainMAE
 from swath.backbones.base import create
 from swath.pretrain.objectives.mae import MAE, MAEConfig
